@@ -1,0 +1,174 @@
+"""The command line of a recipe, built from its config: the same flags everywhere, one line for what is wrong."""
+
+import dataclasses
+import os
+import sys
+import traceback
+import warnings
+from argparse import SUPPRESS
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from lightning_custom.config import RunConfig, read_config
+from lightning_custom.errors import CheckpointError, ConfigError
+from lightning_custom.run import CONFIG, exit_status
+
+Main = Callable[[Any], Any]
+WRONG_USAGE = 2
+
+
+def command_line(
+    config: type[RunConfig],
+    main: Main,
+    *,
+    presets: Mapping[str, Mapping[str, Any]],
+    verbs: Mapping[str, tuple[type[Any], Main]] | None = None,
+    description: str | None = None,
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Parse ``arguments`` (``sys.argv``), run, and return the exit status.
+
+    ``main`` gets the config and returns the run's directory, whose ``status.json`` holds what the status is made of:
+    0 complete or stopped without a signal, 128 plus a signal's number. ``verbs`` are other first words, each with a
+    dataclass of its own flags. What the user can mend, a :class:`ConfigError` or :class:`CheckpointError`, is one
+    line and status 2.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    warnings.formatwarning = _one_line_warning
+    try:
+        verb = (verbs or {}).get(words[0]) if words else None
+        if verb is not None:
+            kind, action = verb
+            action(_parse_verb(kind, words[0], words[1:]))
+            return 0
+        if words and not words[0].startswith("-"):
+            known = ", ".join(verbs or ()) or "none"
+            raise ConfigError(f"{words[0]!r} is not a verb; there are: {known}. Flags begin with --")
+        run_dir = main(parse_config(config, words, presets, description))
+        return 0 if run_dir is None or _launched_from_outside() else exit_status(run_dir) if _is_first() else 0
+    except (ConfigError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return WRONG_USAGE
+    except Exception as error:
+        if "WORLD_SIZE" in os.environ:
+            traceback.print_exc()
+            print(f"process {_rank()} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            # The others wait in a collective; leaving at once closes their connections.
+            os._exit(1)
+        raise
+
+
+def parse_config(
+    config: type[RunConfig],
+    words: Sequence[str],
+    presets: Mapping[str, Mapping[str, Any]],
+    description: str | None = None,
+) -> Any:
+    """The config from defaults < preset < ``--config`` < the run directory's own < explicit flags."""
+    given, parser = _early_flags(words), _parser(config, presets, description)
+    default_preset = next(iter(presets), None)
+    preset = given.get("preset") or default_preset
+    if preset is not None:
+        if preset not in presets:
+            raise ConfigError(f"preset: {preset!r} is unknown; there are {', '.join(presets)}")
+        parser.set_defaults(dict(presets[preset]))
+    files = [Path(given["config"])] if "config" in given else []
+    if "run_dir" in given and (Path(given["run_dir"]) / CONFIG).exists():
+        files.append(Path(given["run_dir"]) / CONFIG)
+    for file in files:
+        _set_defaults_from_file(parser, file, config)
+    values = _parse(parser, words)
+    fields = {field.name for field in dataclasses.fields(config)}
+    return config(**{name: value for name, value in values.items() if name in fields})
+
+
+def _parser(
+    config: type[RunConfig], presets: Mapping[str, Mapping[str, Any]], description: str | None
+) -> ArgumentParser:
+    parser = _new_parser(description)
+    parser.add_argument("--preset", type=str, help=f"settings to start from: {', '.join(presets) or 'none'}")
+    parser.add_argument("--config", type=str, help="YAML file of settings, such as RUN_DIR/config.yaml")
+    parser.add_argument("--print_config", action="store_true", help="print the settings and leave")
+    parser.add_class_arguments(config)
+    return parser
+
+
+def _new_parser(description: str | None) -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    return ArgumentParser(
+        description=description, exit_on_error=False, allow_abbrev=False, default_env=False, usage=SUPPRESS
+    )
+
+
+def _early_flags(words: Sequence[str]) -> dict[str, str]:
+    """The flags that decide where defaults come from, before the rest is parsed."""
+    found = {}
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name in ("--preset", "--config", "--run_dir"):
+            if not equals:
+                if i + 1 >= len(words):
+                    raise ConfigError(f"{name[2:]}: no value; write {name} VALUE")
+                value = words[i + 1]
+            found[name[2:]] = value
+    return found
+
+
+def _set_defaults_from_file(parser: ArgumentParser, file: Path, config: type[RunConfig]) -> None:
+    fields = read_config(file)
+    unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(config)})
+    if unknown:
+        raise ConfigError(f"config: {file} has {', '.join(unknown)}, which {config.__name__} has not; take it out")
+    try:
+        parser.parse_object(fields)
+    except Exception as error:
+        raise ConfigError(f"config: {file}: {_one_line(error)}") from error
+    parser.set_defaults(fields)
+
+
+def _parse(parser: ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
+    try:
+        values = parser.parse_args(list(words))
+    except SystemExit:  # --help
+        raise
+    except Exception as error:
+        raise ConfigError(f"{_one_line(error)}; see --help") from error
+    values = values.as_dict() if isinstance(values, Namespace) else dict(values)
+    if values.get("print_config"):
+        hidden = ("print_config", "preset", "config")
+        kept = Namespace({name: value for name, value in values.items() if name not in hidden})
+        print(parser.dump(kept, skip_validation=True, skip_none=False), end="")
+        raise SystemExit(0)
+    return values
+
+
+def _parse_verb(kind: type[Any], verb: str, words: Sequence[str]) -> Any:
+    parser = _new_parser((kind.__doc__ or verb).splitlines()[0])
+    parser.add_class_arguments(kind)
+    return kind(**_parse(parser, words))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()).replace("error: ", "")
+
+
+def _one_line_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return f"warning: {message}\n"
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+
+
+def _is_first() -> bool:
+    return _rank() == 0
+
+
+def _launched_from_outside() -> bool:
+    """Whether torchrun or SLURM started this process and will read a status other than 0 as a failure."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_PROCID" in os.environ

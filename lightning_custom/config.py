@@ -1,0 +1,144 @@
+"""The settings that every run has, which a recipe's own config extends."""
+
+import dataclasses
+import datetime
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from lightning.fabric import Fabric
+
+from lightning_custom.distributed import first_process
+from lightning_custom.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Fields that every recipe shares; a recipe adds its own as one flat frozen dataclass."""
+
+    steps: int = 1000
+    """Horizon of the run, in steps of the outer loop."""
+    stop_at: int | None = None
+    """Stop after this step exactly as a signal would: save, leave, resumable."""
+    max_time: str | None = None
+    """Stop after this time (90s, 1h30m, 01:30:00), as a signal would."""
+    seed: int = 0
+    """Seed of everything random."""
+    run_dir: str | None = None
+    """Directory of the run; none: runs/NAME/DATE-TIME."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """auto: go on if run_dir holds a checkpoint; must: fail without one; never: refuse a used run_dir."""
+    log_every: int = 100
+    """Steps between two rows of metrics."""
+    validate_every: int = 1000
+    """Steps between two validations; 0: only at the end."""
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints; 0: only at the end or when stopped."""
+    keep: int = 2
+    """Newest checkpoints to keep, beside the best."""
+    accelerator: str = "auto"
+    """cpu, cuda, mps, or auto."""
+    devices: int | None = None
+    """Processes on each node; none: what the launcher (torchrun, SLURM) says, else 1."""
+    num_nodes: int = 1
+    """Machines in the run."""
+    strategy: str = "auto"
+    """auto averages gradients explicitly; ddp and fsdp where the recipe's page says so."""
+    precision: str = "32-true"
+    """32-true, bf16-mixed, 16-mixed, bf16-true or 64-true."""
+    deterministic: bool = True
+    """Deterministic algorithms, with a warning that names an operation without one."""
+
+
+INVOCATION_FIELDS = frozenset({"run_dir", "resume", "stop_at", "max_time"})
+"""What belongs to one start of the program and not to the run: never stored."""
+
+CHANGEABLE_FIELDS = INVOCATION_FIELDS | {
+    "log_every", "validate_every", "checkpoint_every", "keep",
+    "accelerator", "devices", "num_nodes", "strategy", "precision", "deterministic",
+}  # fmt: skip
+"""What a resumed run may change; a change of the machine is warned of by the checkpoint's manifest."""
+
+C = TypeVar("C", bound=RunConfig)
+
+
+def stored_fields(config: RunConfig) -> dict[str, Any]:
+    """The fields of ``config`` that ``config.yaml`` holds."""
+    return {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in INVOCATION_FIELDS
+    }
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; :class:`ConfigError` names the file and what is wrong with it."""
+    try:
+        fields = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"config: cannot read {path}: {error.strerror}; give a file that exists") from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"config: {path} is not valid YAML: {reason}") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"config: {path} must hold 'name: value' lines, as RUN_DIR/config.yaml does")
+    return fields
+
+
+def check_unchanged(config: RunConfig, stored: dict[str, Any], *, steps_fixed: bool) -> None:
+    """Refuse a resumed run whose config differs from the stored one outside :data:`CHANGEABLE_FIELDS`.
+
+    ``steps_fixed`` says that a schedule reads ``steps``, so that changing it would change the past.
+    """
+    changeable = CHANGEABLE_FIELDS if steps_fixed else CHANGEABLE_FIELDS | {"steps"}
+    differences = [
+        f"{name} ({stored[name]!r} -> {value!r})"
+        for name, value in stored_fields(config).items()
+        if name in stored and name not in changeable and stored[name] != _as_stored(value)
+    ]
+    if differences:
+        raise ConfigError(
+            f"run_dir: {config.run_dir} holds a run with another config: {', '.join(differences)}; "
+            "take the change back, or start afresh with another --run_dir"
+        )
+
+
+def _as_stored(value: Any) -> Any:
+    return yaml.safe_load(yaml.safe_dump(value))
+
+
+def with_run_dir(fabric: Fabric, config: C) -> C:
+    """``config`` with a run directory: its own, or ``runs/NAME/DATE-TIME`` decided by process 0."""
+    if config.run_dir is not None:
+        return config
+    now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    path = Path("runs") / recipe_name(config) / now
+    return dataclasses.replace(config, run_dir=first_process(fabric, lambda: str(_claim(path))))
+
+
+def _claim(path: Path) -> Path:
+    """Create ``path``, or ``path-2``, ``path-3``, ... where it exists already."""
+    candidate, number = path, 1
+    while True:
+        try:
+            candidate.mkdir(parents=True)
+            return candidate
+        except FileExistsError:
+            number += 1
+            candidate = path.with_name(f"{path.name}-{number}")
+        except OSError as error:
+            raise ConfigError(
+                f"run_dir: cannot create {candidate}: {error.strerror}; choose one with --run_dir"
+            ) from error
+
+
+def recipe_name(config: RunConfig) -> str:
+    """The last word of the module that defines the config (``gan`` for ``recipes.gan``)."""
+    module = type(config).__module__
+    if module == "__main__":
+        main = sys.modules["__main__"]
+        spec = getattr(main, "__spec__", None)
+        module = spec.name if spec is not None else Path(getattr(main, "__file__", "run")).stem
+    return module.rpartition(".")[2]

@@ -1,0 +1,230 @@
+"""Batches whose k-th is a function of (seed, k): resumable anywhere, the same for any number of processes."""
+
+import random
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
+
+from lightning_custom.distributed import share
+from lightning_custom.errors import ConfigError
+from lightning_custom.loop import hash_seed
+from lightning_custom.stopping import ignore_stop_signals
+
+
+class Batches:
+    """Endless training batches, on the device; one field of a state, so that a resumed run reads on.
+
+    ``source`` is one of
+
+    - a map-style dataset: batch k holds the samples at positions ``k * batch_size`` onwards of one endless
+      sequence of shuffled passes, cut by process. Every batch is full and no sample is left out. Nothing but k is
+      stored, and prefetching workers cannot shift it. A :class:`~torch.utils.data.TensorDataset` is indexed at once.
+    - an iterable of batches (each process its own part). One with ``state_dict`` and ``load_state_dict`` is stored
+      and restored; any other is read forward to its place on resume, with a warning. An iterable that ends is
+      begun again.
+
+    ``batch_size`` is global, over all processes. ``seed_samples`` seeds the default generators from (seed, pass,
+    index) for each sample of a map-style dataset, so that random augmentation inside the dataset depends on neither
+    workers nor processes.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        source: Any,
+        *,
+        batch_size: int,
+        seed: int,
+        num_workers: int = 0,
+        seed_samples: bool = False,
+        collate: Callable[[list[Any]], Any] | None = None,
+        multiprocessing_context: str | None = None,
+    ) -> None:
+        self.position = 0
+        """Batches handed out so far."""
+        self._fabric = fabric
+        self._source = source
+        self._is_map = hasattr(source, "__getitem__") and isinstance(source, Sized)
+        self._iterator: Iterator[Any] | None = None
+        self._worker_options = {"num_workers": num_workers, "multiprocessing_context": multiprocessing_context}
+        self._collate = collate or default_collate
+        if self._is_map:
+            if len(source) == 0:
+                raise ConfigError("dataset: it is empty; give one with at least one sample")
+            share(batch_size, fabric, "batch_size")
+            self._dataset = SeededSamples(source, seed) if seed_samples else source
+            self._order = GlobalOrder(len(source), batch_size, seed, fabric.global_rank, fabric.world_size)
+            self._in_memory = isinstance(source, TensorDataset) and not seed_samples and num_workers == 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        """The next batch; its position counts as handed out."""
+        batch = self._next_of_dataset() if self._is_map else self._next_of_iterable()
+        self.position += 1
+        return move_data_to_device(batch, self._fabric.device)
+
+    def _next_of_dataset(self) -> Any:
+        if self._in_memory:
+            _, index = self._order.batch(self.position)
+            return tuple(tensor[index.to(tensor.device)] for tensor in self._dataset.tensors)
+        if self._iterator is None:
+            loader = DataLoader(
+                self._dataset,
+                batch_sampler=_BatchesFrom(self._order, self.position, isinstance(self._dataset, SeededSamples)),
+                collate_fn=self._collate,
+                pin_memory=self._fabric.device.type == "cuda",
+                worker_init_fn=_start_worker,
+                # Fabric's own loader draws its base seed from the default generator.
+                generator=torch.Generator(),
+                **self._worker_options,
+            )
+            self._iterator = iter(loader)
+        return next(self._iterator)
+
+    def _next_of_iterable(self) -> Any:
+        for _ in range(2):
+            if self._iterator is None:
+                self._iterator = iter(self._source)
+            try:
+                return next(self._iterator)
+            except StopIteration:
+                self._iterator = None
+        raise ConfigError("dataset: the iterable yields nothing; give one with at least one batch")
+
+    @property
+    def _stored_source(self) -> Any:
+        return None if self._is_map or not hasattr(self._source, "load_state_dict") else self._source
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches have been handed out."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go to a position; an iterable without a state of its own is read forward to it."""
+        self.position, self._iterator = state_dict["position"], None
+        if not self._is_map and self._stored_source is None and self.position:
+            warnings.warn(
+                f"dataset: a {type(self._source).__name__} has no state_dict; reading {self.position} batches forward",
+                stacklevel=2,
+            )
+            for _ in range(self.position):
+                self._next_of_iterable()
+
+    def item_state_dict(self) -> dict[str, Any]:
+        """The iterable's own state, of this process."""
+        if self._stored_source is None:
+            return {}
+        return {f"process-{self._fabric.global_rank:05d}": self._stored_source.state_dict()}
+
+    def load_item_state_dict(self, items: dict[str, Any]) -> None:
+        """Give the iterable its state back; it must resume on the same number of processes."""
+        if self._stored_source is None:
+            return
+        if len(items) != self._fabric.world_size:
+            raise ConfigError(
+                f"devices: the data's state is of {len(items)} processes and cannot be divided among "
+                f"{self._fabric.world_size}; resume on {len(items)}"
+            )
+        self._source.load_state_dict(items[f"process-{self._fabric.global_rank:05d}"])
+
+
+class GlobalOrder:
+    """Which samples batch k holds: an endless sequence of passes, each shuffled by ``(seed, pass)``."""
+
+    def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self._part = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        self._passes: dict[int, Tensor] = {}
+
+    def batch(self, k: int) -> tuple[Tensor, Tensor]:
+        """This process's part of batch k: the pass that each sample is of, and its index."""
+        positions = torch.arange(k * self.batch_size, (k + 1) * self.batch_size)[self._part]
+        first, last = int(positions[0]) // self.size, int(positions[-1]) // self.size
+        self._passes = {number: self._pass(number) for number in range(first, last + 1)}
+        if first == last:
+            start = int(positions[0]) - first * self.size
+            return torch.full_like(positions, first), self._passes[first][start : start + len(positions)]
+        passes = positions // self.size
+        index = torch.cat([self._passes[n][positions[passes == n] - n * self.size] for n in self._passes])
+        return passes, index
+
+    def _pass(self, number: int) -> Tensor:
+        known = self._passes.get(number)
+        if known is not None:
+            return known
+        generator = torch.Generator().manual_seed(hash_seed(self.seed, number, "order"))
+        return torch.randperm(self.size, generator=generator)
+
+
+class _BatchesFrom(Sampler[list[Any]]):
+    """The batches of an order from position k on, as DataLoader wants them."""
+
+    def __init__(self, order: GlobalOrder, start: int, with_pass: bool) -> None:
+        self._order, self._start, self._with_pass = order, start, with_pass
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        k = self._start
+        while True:
+            passes, index = self._order.batch(k)
+            yield list(zip(passes.tolist(), index.tolist(), strict=True)) if self._with_pass else index.tolist()
+            k += 1
+
+
+class SeededSamples(Dataset[Any]):
+    """A map-style dataset whose random augmentation is a function of (seed, pass, index).
+
+    Indexed by ``(pass, index)``. The default generators of torch, NumPy and :mod:`random` are seeded for each sample
+    and put back afterwards, at about 40 microseconds a sample.
+    """
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        pass_number, index = key
+        before = torch.random.get_rng_state(), np.random.get_state(), random.getstate()
+        seed = hash_seed(self.seed, pass_number, index, "sample")
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        try:
+            return self.dataset[index]
+        finally:
+            torch.random.set_rng_state(before[0])
+            np.random.set_state(before[1])
+            random.setstate(before[2])
+
+
+def evaluation_batches(
+    fabric: Fabric, dataset: Any, *, batch_size: int, collate: Callable[[list[Any]], Any] | None = None
+) -> Iterable[Any]:
+    """Every sample of a map-style dataset once, on the device, each process a contiguous part, nothing padded.
+
+    Parts may differ in their number of batches, so reduce over processes after the loop, never in it. ``batch_size``
+    is that of one process; the last batch of a part may be smaller.
+    """
+    size, rank, processes = len(dataset), fabric.global_rank, fabric.world_size
+    part = range(rank * size // processes, (rank + 1) * size // processes)
+    for start in range(part.start, part.stop, batch_size):
+        index = range(start, min(start + batch_size, part.stop))
+        if isinstance(dataset, TensorDataset):
+            batch: Any = tuple(tensor[index.start : index.stop] for tensor in dataset.tensors)
+        else:
+            batch = (collate or default_collate)([dataset[i] for i in index])
+        yield move_data_to_device(batch, fabric.device)
+
+
+def _start_worker(worker: int) -> None:
+    ignore_stop_signals()

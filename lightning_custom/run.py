@@ -1,0 +1,119 @@
+"""A run directory: who owns it, what its status is, and with which config it began."""
+
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from lightning_custom import storage
+from lightning_custom.config import RunConfig, recipe_name, stored_fields
+from lightning_custom.errors import ConfigError
+
+CONFIG, STATUS, LOCK, CHECKPOINTS = "config.yaml", "status.json", ".lock", "checkpoints"
+
+
+class Run:
+    """The run directory of one process group, held by process 0 from :meth:`open` to :meth:`close`."""
+
+    def __init__(self, config: RunConfig) -> None:
+        assert config.run_dir is not None
+        self.path = Path(config.run_dir)
+        self.checkpoints = self.path / CHECKPOINTS
+        self._config = config
+        self._lock: IO[str] | None = None
+
+    def open(self) -> None:
+        """Create the directory, take its lock, and sweep what an interrupted save left."""
+        holds_run = (self.path / CONFIG).exists()
+        if self._config.resume == "never" and holds_run:
+            raise ConfigError(
+                f"resume: never, but {self.path} holds a run; choose another --run_dir or --resume auto"
+            )
+        if self._config.resume == "must" and not storage.saved_steps(self.checkpoints):
+            raise ConfigError(
+                f"resume: must, but {self.path} holds no checkpoint; check --run_dir, or start with --resume auto"
+            )
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / LOCK).open("a+")
+        except OSError as error:
+            raise ConfigError(
+                f"run_dir: cannot write to {self.path} ({error.strerror}); choose another with --run_dir"
+            ) from error
+        self._take_lock(self._lock)
+        storage.sweep(self.path)
+        storage.sweep(self.checkpoints)
+
+    def _take_lock(self, file: IO[str]) -> None:
+        try:
+            import fcntl
+        except ImportError:  # Windows: nothing frees a lock at kill -9 there
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            owner = file.read().strip() or "an unknown process"
+            file.close()
+            self._lock = None
+            raise ConfigError(
+                f"run_dir: {self.path} is in use by {owner}; wait for it, stop it, or choose another --run_dir"
+            ) from error
+        file.truncate(0)
+        file.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
+        file.flush()
+
+    def close(self) -> None:
+        """Free the lock; the file stays, since deleting it would free a lock that others wait for."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def stored_config(self) -> dict[str, Any] | None:
+        """What ``config.yaml`` holds, or None in a directory without one."""
+        path = self.path / CONFIG
+        return yaml.safe_load(path.read_text()) if path.exists() else None
+
+    def store_config(self) -> None:
+        """Write ``config.yaml``: enough to start a fresh run like this one."""
+        text = yaml.safe_dump(stored_fields(self._config), sort_keys=False)
+        storage.write_atomically(self.path / CONFIG, text)
+
+    def write_status(self, state: str, step: int, *, signal: int | None = None, error: str | None = None) -> None:
+        """Replace ``status.json``; ``state`` is running, stopped, complete or failed."""
+        status = {
+            "state": state,
+            "step": step,
+            "steps": self._config.steps,
+            "signal": signal,
+            "error": error,
+            "recipe": recipe_name(self._config),
+            "command": resume_command(self.path),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        storage.write_atomically(self.path / STATUS, json.dumps(status, indent=1) + "\n")
+
+
+def resume_command(run_dir: Path) -> str:
+    """The shell command that goes on with a run of the program that is running now."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    if spec is not None:
+        program = ["-m", spec.name.removesuffix(".__main__")]
+    else:
+        program = [getattr(main, "__file__", None) or "-"]
+    return shlex.join(["python", *program, "--run_dir", str(run_dir)])
+
+
+def exit_status(run_dir: str | Path) -> int:
+    """What a finished run's program should return: 0, or 128 plus the number of the signal that stopped it."""
+    status = json.loads((Path(run_dir) / STATUS).read_text())
+    return 128 + status["signal"] if status["state"] == "stopped" and status["signal"] else 0

@@ -1,0 +1,220 @@
+"""What a checkpoint of a state is: every field of a dataclass as tensors and plain containers under flat keys.
+
+A state is a dataclass whose fields are modules, optimizers, tensors, generators, numbers, strings, anything with
+``state_dict`` and ``load_state_dict``, and dicts or lists of these. A field whose content differs by process has
+``item_state_dict`` and ``load_item_state_dict`` instead (:class:`ItemState`), or beside.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_custom.precision import unwrap
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything with a state of plain containers, such as a metric or an average of weights."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as tensors and plain containers."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
+        """Take over a state."""
+        ...
+
+
+@runtime_checkable
+class ItemState(Protocol):
+    """State that differs by process, stored by item, so that another number of processes can divide it anew."""
+
+    def item_state_dict(self) -> dict[str, Any]:
+        """This process's items, each under a name that no other process uses."""
+        ...
+
+    def load_item_state_dict(self, items: dict[str, Any], /) -> None:
+        """Take one's own out of the items of all processes."""
+        ...
+
+
+def components(state: Any) -> dict[str, Any]:
+    """The parts of ``state`` by flat name: its fields, and the entries of fields that are dicts or lists."""
+    return {
+        name: value
+        for field in dataclasses.fields(state)
+        for name, value in _parts(field.name, getattr(state, field.name))
+    }
+
+
+def _parts(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    entries: Any = ()
+    if isinstance(value, dict):
+        entries = value.items()
+    elif isinstance(value, list):
+        entries = enumerate(value)
+    if entries and any(_is_live(entry) for _, entry in entries):
+        for key, entry in entries:
+            yield from _parts(f"{name}.{key}", entry)
+    else:
+        yield name, value
+
+
+def _is_live(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_is_live, value.values()))
+    if isinstance(value, list):
+        return any(map(_is_live, value))
+    return isinstance(value, (nn.Module, Optimizer, torch.Generator, Stateful, ItemState))
+
+
+def capture(state: Any) -> dict[str, Any]:
+    """The part of a checkpoint that every process shares: flat keys to tensors and plain containers."""
+    captured: dict[str, Any] = {}
+    for name, value in components(state).items():
+        if isinstance(value, nn.Module):
+            module = unwrap(value)
+            captured |= {f"{name}.{key}": to_plain(entry, name) for key, entry in module.state_dict().items()}
+        elif isinstance(value, Optimizer):
+            content = {"class": type(unwrap_optimizer(value)).__name__, **value.state_dict()}
+            captured[name] = to_plain(content, name)
+        elif isinstance(value, torch.Generator):
+            captured[name] = value.get_state()
+        elif isinstance(value, Stateful):
+            captured[name] = to_plain(value.state_dict(), name)
+        elif not isinstance(value, ItemState):
+            captured[name] = to_plain(value, name)
+    return captured
+
+
+def capture_items(state: Any) -> dict[str, dict[str, Any]]:
+    """The part of a checkpoint that belongs to this process: component name to its items."""
+    return {
+        name: to_plain(value.item_state_dict(), name)
+        for name, value in components(state).items()
+        if isinstance(value, ItemState)
+    }
+
+
+def to_plain(value: Any, name: str) -> Any:
+    """``value`` with NumPy's types turned to tensors and numbers; ``TypeError`` names what is not plain.
+
+    Tensors are neither copied nor moved.
+    """
+    if value is None or isinstance(value, (Tensor, bool, int, float, str, bytes)):
+        return value
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {key: to_plain(entry, f"{name}.{key}") for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        entries = [to_plain(entry, f"{name}.{i}") for i, entry in enumerate(value)]
+        return entries if isinstance(value, list) else tuple(entries)
+    raise TypeError(
+        f"{name}: a {type(value).__name__} cannot be in a checkpoint; keep tensors, numbers, strings and plain "
+        "containers of them, or give the object state_dict and load_state_dict"
+    )
+
+
+def mismatches(state: Any, stored: Mapping[str, Any]) -> list[str]:
+    """Why ``stored`` does not fit ``state``: keys, shapes and dtypes, a line each; empty where it fits."""
+    problems: list[str] = []
+    live = capture(state)
+    for name in sorted(live.keys() - stored.keys()):
+        problems.append(f"{name} is missing from the checkpoint")
+    for name in sorted(stored.keys() - live.keys()):
+        problems.append(f"{name} is not in the state")
+    parts = components(state)
+    for name in sorted(live.keys() & stored.keys()):
+        part = parts.get(name)
+        if isinstance(part, Optimizer):
+            problems += _optimizer_mismatches(name, live[name], stored[name])
+        elif hasattr(part, "state_dict_mismatches"):
+            problems += [f"{name}: {problem}" for problem in part.state_dict_mismatches(stored[name])]
+        else:
+            problems += _structure_mismatches(name, live[name], stored[name])
+    return problems
+
+
+def _structure_mismatches(name: str, live: Any, stored: Any) -> list[str]:
+    if isinstance(live, Tensor) and isinstance(stored, Tensor):
+        if live.shape != stored.shape:
+            return [f"{name} has shape {tuple(stored.shape)}, the state's has {tuple(live.shape)}"]
+        if live.dtype != stored.dtype:
+            return [f"{name} is {stored.dtype}, the state's is {live.dtype}"]
+        return []
+    if isinstance(live, dict) and isinstance(stored, dict):
+        if live.keys() != stored.keys():
+            difference = ", ".join(sorted(map(str, live.keys() ^ stored.keys())))
+            return [f"{name}: only one of checkpoint and state has {difference}"]
+        return [line for key in live for line in _structure_mismatches(f"{name}.{key}", live[key], stored[key])]
+    if isinstance(live, Tensor) != isinstance(stored, Tensor) or isinstance(live, dict) != isinstance(stored, dict):
+        return [f"{name} is a {type(stored).__name__}, the state's is a {type(live).__name__}"]
+    return []
+
+
+def _optimizer_mismatches(name: str, live: dict[str, Any], stored: Any) -> list[str]:
+    if not isinstance(stored, dict) or not {"class", "state", "param_groups"} <= stored.keys():
+        return [f"{name} is not an optimizer's state"]
+    if stored["class"] != live["class"]:
+        return [f"{name} is of {stored['class']}, the state's is of {live['class']}"]
+    sizes = [[len(group["params"]) for group in side["param_groups"]] for side in (live, stored)]
+    if sizes[0] != sizes[1]:
+        return [f"{name} has parameter groups of {sizes[1]} parameters, the state's has {sizes[0]}"]
+    # A fresh optimizer has no state yet; what it has must fit.
+    return [
+        line
+        for key in live["state"].keys() & stored["state"].keys()
+        for line in _structure_mismatches(f"{name}.state.{key}", live["state"][key], stored["state"][key])
+    ]
+
+
+def restore_(state: Any, stored: Mapping[str, Any], items: Mapping[str, dict[str, Any]]) -> None:
+    """Write a checkpoint that fits (:func:`mismatches` found nothing) into the live objects of ``state``."""
+    for name, value in components(state).items():
+        if isinstance(value, nn.Module):
+            _restore_module_(unwrap(value), name, stored)
+        elif isinstance(value, Optimizer):
+            content = stored[name]
+            value.load_state_dict({key: content[key] for key in ("state", "param_groups")})
+        elif isinstance(value, torch.Generator):
+            value.set_state(stored[name])
+        elif isinstance(value, Stateful):
+            value.load_state_dict(stored[name])
+        elif not isinstance(value, ItemState):
+            _restore_plain_(state, name, value, stored[name])
+        if isinstance(value, ItemState):
+            value.load_item_state_dict(items.get(name, {}))
+
+
+def _restore_module_(module: nn.Module, name: str, stored: Mapping[str, Any]) -> None:
+    prefix = f"{name}."
+    content = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+    module.load_state_dict({key: content[key] for key in module.state_dict()})
+
+
+def _restore_plain_(state: Any, name: str, live: Any, value: Any) -> None:
+    if isinstance(live, Tensor):
+        with torch.no_grad():
+            live.copy_(value)
+        return
+    *path, last = name.split(".")
+    holder = state
+    for key in path:
+        holder = getattr(holder, key) if holder is state else holder[int(key) if isinstance(holder, list) else key]
+    if holder is state:
+        object.__setattr__(state, last, value)
+    else:
+        holder[int(last) if isinstance(holder, list) else last] = value
+
+
+def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that was given to ``fabric.setup``; one that is not wrapped comes back as it is."""
+    return getattr(optimizer, "optimizer", optimizer)

@@ -1,0 +1,1 @@
+"""Runnable training loops, one file each; nothing is imported here, so that `python -m` imports once."""

@@ -1,0 +1,341 @@
+"""A generator and a discriminator in alternation, conditional on the class, with the generator's average (EMA).
+
+The default is R3GAN's objective (Huang et al. 2024, eq. 2 and 4): relativistic pairing with R1 and R2, which needs no
+tricks to be stable. Goodfellow et al. 2014 for the rest.
+
+    python -m recipes.gan                                             # digits, about a minute on two CPU cores
+    python -m recipes.gan --preset fashion-mnist --data_root DIR
+    python -m recipes.gan sample --run_dir RUN_DIR --out grid.png
+
+To expect of the default: FID about that of one half of the real images against the other, all ten classes, over 95%
+of the samples recognised as the class asked for. Nothing here compiles: the penalty differentiates a gradient.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from lightning_custom.adversarial import LOSSES, frozen, squared_gradient_norms
+from lightning_custom.checkpoint import Checkpointer, load_module
+from lightning_custom.cli import command_line
+from lightning_custom.config import RunConfig, read_config, with_run_dir
+from lightning_custom.data import Batches
+from lightning_custom.datasets import Images, digits, fashion_mnist
+from lightning_custom.distributed import mean_gradients_, take_share
+from lightning_custom.ema import EMA
+from lightning_custom.errors import ConfigError
+from lightning_custom.events import png_bytes
+from lightning_custom.extractor import fit_extractor
+from lightning_custom.generation import GenerationScores
+from lightning_custom.launch import launch
+from lightning_custom.loop import due, seed_step
+from lightning_custom.metrics import MetricLogger
+from lightning_custom.networks import ConvDiscriminator, ConvGenerator, MLPDiscriminator, MLPGenerator
+from lightning_custom.pictures import image_grid
+from lightning_custom.precision import bare
+from lightning_custom.progress import Progress
+
+Scores = Callable[[Callable[[Tensor, Tensor], Tensor]], dict[str, float]]
+"""Scores ``generate(latents, labels) -> images``, on every process alike."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GANConfig(RunConfig):
+    """Settings of :func:`train`, and of the data and networks that :func:`main` builds."""
+
+    steps: int = 25000
+    """Generator updates."""
+    log_every: int = 200
+    """Steps between two rows of metrics."""
+    validate_every: int = 5000
+    """Steps between two validations; 0: only at the end."""
+    checkpoint_every: int = 5000
+    """Steps between two checkpoints; 0: only at the end or when stopped."""
+    loss: Literal["r3", "nonsaturating", "hinge"] = "r3"
+    """Adversarial loss."""
+    r1: float = 1.0
+    """Weight gamma of R1, the penalty gamma/2 |grad D|^2 on real samples; 0: none."""
+    r2: float = 1.0
+    """Weight gamma of R2, the same on generated samples; 0: none."""
+    batch_size: int = 64
+    """Real samples of a discriminator update, over all processes."""
+    latent_size: int = 32
+    """Normal numbers that the generator gets for each sample."""
+    num_classes: int = 10
+    """Classes that both networks are conditioned on; 0: unconditional."""
+    d_steps: int = 1
+    """Discriminator updates in each step."""
+    g_lr: float = 5e-4
+    """Learning rate of the generator (Adam)."""
+    d_lr: float = 5e-4
+    """Learning rate of the discriminator (Adam)."""
+    g_betas: tuple[float, float] = (0.0, 0.99)
+    """Adam's betas for the generator."""
+    d_betas: tuple[float, float] = (0.0, 0.99)
+    """Adam's betas for the discriminator."""
+    ema_half_life: float = 8800.0
+    """Half-life of the generator's average, in generated images."""
+    ema_ramp: float = 0.1
+    """Early on the half-life is at most this share of the images seen; 0: no ramp."""
+    data: Literal["digits", "fashion-mnist"] = "digits"
+    """Data set: digits comes with scikit-learn, fashion-mnist is read from data_root."""
+    data_root: str | None = None
+    """Directory that holds FashionMNIST/raw."""
+    network: Literal["mlp", "conv"] = "mlp"
+    """Networks: fully connected, or convolutional without normalisation."""
+    width: int = 256
+    """Units of a hidden layer (mlp), or channels (conv)."""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {},
+    "fashion-mnist": {
+        "data": "fashion-mnist", "network": "conv", "width": 32, "latent_size": 64, "steps": 5000,
+        "validate_every": 1000, "checkpoint_every": 1000, "log_every": 50,
+    },
+}  # fmt: skip
+
+
+@dataclass
+class GANState:
+    """What changes while training; a checkpoint is exactly these fields."""
+
+    generator: nn.Module
+    discriminator: nn.Module
+    average: EMA
+    g_optimizer: Optimizer
+    d_optimizer: Optimizer
+    batches: Batches
+    metrics: MetricLogger
+    step: int = 0
+    """Generator updates done."""
+
+
+def train(
+    fabric: Fabric,
+    config: GANConfig,
+    *,
+    generator: nn.Module,
+    discriminator: nn.Module,
+    dataset: Any,
+    scores: Scores | None = None,
+) -> GANState:
+    """Train ``generator(latent, label) -> image`` against ``discriminator(image, label) -> logit``.
+
+    ``dataset`` yields (image, label) pairs, map-style, or batches of them. With ``num_classes=0`` the networks get no
+    label and the dataset yields images alone, or tuples that begin with one.
+    """
+    config, loss = with_run_dir(fabric, config), LOSSES[config.loss]
+    generator, g_optimizer = fabric.setup(generator, Adam(generator.parameters(), config.g_lr, config.g_betas))
+    discriminator, d_optimizer = fabric.setup(
+        discriminator, Adam(discriminator.parameters(), config.d_lr, config.d_betas)
+    )
+    generate, discriminate = bare(fabric, generator), bare(fabric, discriminator)
+    average = EMA(generator, half_life=config.ema_half_life, ramp=config.ema_ramp)
+    batches = Batches(fabric, dataset, batch_size=config.batch_size, seed=config.seed)
+    metrics = MetricLogger(fabric, config.run_dir, hyperparameters=config, headline=["val/fid"])
+    state = GANState(generator, discriminator, average, g_optimizer, d_optimizer, batches, metrics)
+
+    with Checkpointer(fabric, config, best="val/fid") as checkpointer, Progress(fabric, config.steps) as progress:
+        checkpointer.restore(state)
+
+        while state.step < config.steps:
+            rng = seed_step(config.seed, state.step, fabric)
+
+            for d_step in range(config.d_steps):
+                # Discriminator: raise D(real), lower D(fake), keep its gradient at both small.
+                real, *label = images_and_labels(next(batches), config)
+                latent = take_share(torch.randn(config.batch_size, config.latent_size, generator=rng.shared), fabric)
+                with torch.set_grad_enabled(d_step == config.d_steps - 1):  # the last fakes serve the generator too
+                    fake = generate(latent, *label)
+                samples = torch.cat([real, fake.detach()]).requires_grad_()
+                logits = discriminate(samples, *(torch.cat([part, part]) for part in label))
+                real_logits, fake_logits = logits.chunk(2)
+                d_loss = loss.discriminator(real_logits, fake_logits)
+                penalty = torch.zeros((), device=fabric.device)
+                if config.r1 or config.r2:
+                    r1, r2 = squared_gradient_norms(logits, samples).chunk(2)
+                    penalty = config.r1 / 2 * r1.mean() + config.r2 / 2 * r2.mean()
+                d_optimizer.zero_grad()
+                fabric.backward(d_loss + penalty)
+                mean_gradients_(fabric, discriminator)
+                d_optimizer.step()
+
+            # Generator: raise D(fake).
+            with frozen(discriminator):
+                with torch.no_grad():
+                    real_logits = discriminate(real, *label) if loss.generator_sees_real else None
+                g_loss = loss.generator(real_logits, discriminate(fake, *label))
+                g_optimizer.zero_grad()
+                fabric.backward(g_loss)
+            mean_gradients_(fabric, generator)
+            g_optimizer.step()
+
+            state.step += 1
+            average.update_(
+                generator, batch_size=config.batch_size, samples_seen=state.step * config.batch_size
+            )
+            metrics.update({"loss/discriminator": d_loss, "loss/generator": g_loss, "loss/penalty": penalty})
+            progress.show(state.step)
+            if due(state.step, config.log_every, last=config.steps):
+                progress.report(state.step, metrics.flush(state.step))
+            validation = {}
+            if due(state.step, config.validate_every, last=config.steps):
+                validation = validate(fabric, config, state, scores)
+                progress.report(state.step, metrics.record(state.step, validation))
+            if checkpointer.due(state.step) or checkpointer.is_best(validation):
+                checkpointer.save(state, validation)
+            if checkpointer.stop_requested:
+                break
+    return state
+
+
+def images_and_labels(batch: Any, config: GANConfig) -> tuple[Tensor, ...]:
+    """The image, and the label where the networks are conditional, out of a batch."""
+    if config.num_classes == 0:
+        return (batch if isinstance(batch, Tensor) else batch[0],)
+    if isinstance(batch, Tensor) or len(batch) < 2:
+        raise ConfigError("num_classes: the dataset has no labels; set --num_classes 0")
+    return batch[0], batch[1]
+
+
+def validate(fabric: Fabric, config: GANConfig, state: GANState, scores: Scores | None) -> dict[str, float]:
+    """Show fixed latents, a column a class, and score the average's samples."""
+    sample = sampler(fabric, config, state.average.module)
+    columns = config.num_classes or 10
+    latents = torch.randn(8 * columns, config.latent_size, generator=torch.Generator().manual_seed(config.seed))
+    images = sample(latents, torch.arange(len(latents)) % columns)
+    state.metrics.image(state.step, "samples", image_grid((images + 1) / 2, columns, scale=32 // images.shape[-1] or 1))
+    return {} if scores is None else scores(sample)
+
+
+def sampler(fabric: Fabric, config: GANConfig, generator: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """``(latents [N, Z], labels [N]) -> images [N, C, H, W]`` in [-1, 1], without gradients."""
+    generate = bare(fabric, generator)
+
+    def sample(latents: Tensor, labels: Tensor) -> Tensor:
+        inputs = (latents, labels) if config.num_classes else (latents,)
+        parts = zip(*(fabric.to_device(part).split(500) for part in inputs), strict=True)
+        with torch.no_grad():
+            return torch.cat([generate(*part).float() for part in parts])
+
+    return sample
+
+
+def main(config: GANConfig) -> str:
+    """Train on a real data set and print what came out; returns the run's directory."""
+    started = time.perf_counter()
+    fabric = launch(config)
+    config = with_run_dir(fabric, config)
+    data = load_data(config)
+    if config.num_classes not in (0, data.num_classes):
+        raise ConfigError(f"num_classes: {config.num_classes}; {config.data} has {data.num_classes}, or use 0 for none")
+    generator, discriminator = networks(config, data)
+    scorer = GenerationScores(fabric, data, fit_extractor(fabric, data))
+
+    def scores(sample: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
+        generator = torch.Generator().manual_seed(config.seed + 1)
+        latents = torch.randn(len(scorer.labels), config.latent_size, generator=generator)
+        rank, processes = fabric.global_rank, fabric.world_size
+        return scorer(
+            sample(latents.tensor_split(processes)[rank], scorer.labels.tensor_split(processes)[rank])
+        )
+
+    prepared = time.perf_counter()
+    state = train(
+        fabric, config, generator=generator, discriminator=discriminator, dataset=data.dataset(), scores=scores
+    )
+    if fabric.global_rank == 0 and state.step == config.steps:
+        summary(config, state, prepared - started, time.perf_counter() - prepared)
+    return str(config.run_dir)
+
+
+def load_data(config: GANConfig) -> Images:
+    """The data set that the config names; Fashion-MNIST's training part."""
+    return digits() if config.data == "digits" else fashion_mnist(config.data_root)
+
+
+def networks(config: GANConfig, data: Images) -> tuple[nn.Module, nn.Module]:
+    """The generator and discriminator that the config names, with weights from its seed."""
+    channels, height, width = data.images.shape[1:]
+    shape = (channels, height, width)
+    torch.manual_seed(config.seed)
+    if config.network == "mlp":
+        return (
+            MLPGenerator(config.latent_size, config.num_classes, shape, config.width),
+            MLPDiscriminator(config.num_classes, shape, config.width),
+        )
+    return (
+        ConvGenerator(config.latent_size, config.num_classes, shape, config.width),
+        ConvDiscriminator(config.num_classes, shape, config.width),
+    )
+
+
+def summary(config: GANConfig, state: GANState, preparing: float, training: float) -> None:
+    """Print what a finished run reached, where it is, and how to look at it."""
+    scores = state.metrics.latest
+    print(
+        f"\nFID {scores.get('val/fid', float('nan')):.3f} (real halves: {scores.get('val/fid_floor', float('nan')):.3f})"
+        f"   KID {scores.get('val/kid', float('nan')):.4f}   coverage {scores.get('val/coverage', float('nan')):.3f}\n"
+        f"classes {scores.get('val/classes', float('nan')):.0f} of {config.num_classes}   recognised as asked "
+        f"{scores.get('val/confident_as_asked', float('nan')):.1%}\n"
+        f"{config.steps * config.batch_size / training:,.0f} images/s   {training:.1f} s training, "
+        f"{preparing:.1f} s for data and feature extractor\n"
+        f"run: {config.run_dir}\n"
+        f"look: tensorboard --logdir {config.run_dir}\n"
+        f"draw: python -m recipes.gan sample --run_dir {config.run_dir} --out grid.png",
+        flush=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Draw a grid of samples from a run's best or last checkpoint."""
+
+    run_dir: str
+    """Directory of the run."""
+    count: int = 64
+    """Number of samples."""
+    out: str = "grid.png"
+    """PNG file to write."""
+    which: Literal["best", "last"] = "best"
+    """Checkpoint to take."""
+    seed: int = 0
+    """Seed of the latents."""
+
+
+def sample(request: SampleConfig) -> None:
+    """Write the picture that ``request`` asks for."""
+    if request.count < 1:
+        raise ConfigError(f"count: {request.count}; draw at least 1")
+    path = Path(request.run_dir) / "config.yaml"
+    config = GANConfig(**read_config(path))
+    average = load_module(request.run_dir, "average", which=request.which)
+    generator, _ = networks(config, load_data(config))
+    generator.load_state_dict(average)
+    columns = config.num_classes or math.ceil(math.sqrt(request.count))
+    latents = torch.randn(
+        request.count, config.latent_size, generator=torch.Generator().manual_seed(request.seed)
+    )
+    fabric = Fabric(accelerator="cpu", devices=1)
+    images = sampler(fabric, config, generator)(latents, torch.arange(request.count) % columns)
+    grid = image_grid((images + 1) / 2, columns, scale=max(1, 32 // images.shape[-1]))
+    Path(request.out).write_bytes(png_bytes(grid))
+    print(f"{request.count} samples: {request.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(
+        command_line(
+            GANConfig, main, presets=PRESETS, verbs={"sample": (SampleConfig, sample)}, description=__doc__
+        )
+    )
