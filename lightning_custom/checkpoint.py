@@ -106,9 +106,7 @@ class Checkpointer:
             self._warn_of_another_machine(manifest)
             first_process(self._fabric, self._run.store_config)
         self._step = state.step
-        for part in states.components(state).values():
-            if hasattr(part, "resume_at"):
-                together(self._fabric, lambda part=part: part.resume_at(None if folder is None else state.step))
+        together(self._fabric, lambda: _resume_parts(state, None if folder is None else state.step))
         self._best_value = first_process(self._fabric, self._write_best)
         self._write_status("running")
 
@@ -254,11 +252,18 @@ class Checkpointer:
             if kind is None:
                 self._stopper.finish()
                 self._write_final_status()
-            elif self._is_first:
-                self._write_status("failed", error=f"{kind.__name__}: {error}")
+            else:
+                self._write_failure(kind, error)
         finally:
             self._stopper.close()
             self._run.close()
+
+    def _write_failure(self, kind: type[BaseException], error: BaseException | None) -> None:
+        try:
+            self._write_status("failed", error=f"{kind.__name__}: {error}")
+        except OSError as second:  # a full disk, say, which may be what failed first
+            if error is not None:
+                error.add_note(f"status.json could not be written either: {second}")
 
     def _write_final_status(self) -> None:
         if self._step >= self._config.steps:
@@ -266,6 +271,12 @@ class Checkpointer:
         else:
             signal = self._stopper.agreed
             self._write_status("stopped", signal=signal if signal > 0 else None)
+
+
+def _resume_parts(state: Any, step: int | None) -> None:
+    for part in states.components(state).values():
+        if hasattr(part, "resume_at"):
+            part.resume_at(step)
 
 
 def _fresh_folder(folder: Path) -> None:

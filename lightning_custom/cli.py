@@ -136,13 +136,13 @@ def _parse(parser: ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
         raise
     except Exception as error:
         raise ConfigError(f"{_one_line(error)}; see --help") from error
-    values = values.as_dict() if isinstance(values, Namespace) else dict(values)
-    if values.get("print_config"):
+    found: dict[str, Any] = values.as_dict()
+    if found.get("print_config"):
         hidden = ("print_config", "preset", "config")
-        kept = Namespace({name: value for name, value in values.items() if name not in hidden})
+        kept = Namespace({name: value for name, value in found.items() if name not in hidden})
         print(parser.dump(kept, skip_validation=True, skip_none=False), end="")
         raise SystemExit(0)
-    return values
+    return found
 
 
 def _parse_verb(kind: type[Any], verb: str, words: Sequence[str]) -> Any:

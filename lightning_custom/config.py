@@ -48,6 +48,8 @@ class RunConfig:
     """auto averages gradients explicitly; ddp and fsdp where the recipe's page says so."""
     precision: str = "32-true"
     """32-true, bf16-mixed, 16-mixed, bf16-true or 64-true."""
+    threads: int | None = None
+    """CPU threads of each process; none: torch's choice."""
     deterministic: bool = True
     """Deterministic algorithms, with a warning that names an operation without one."""
 
@@ -57,7 +59,7 @@ INVOCATION_FIELDS = frozenset({"run_dir", "resume", "stop_at", "max_time"})
 
 CHANGEABLE_FIELDS = INVOCATION_FIELDS | {
     "log_every", "validate_every", "checkpoint_every", "keep",
-    "accelerator", "devices", "num_nodes", "strategy", "precision", "deterministic",
+    "accelerator", "devices", "num_nodes", "strategy", "precision", "threads", "deterministic",
 }  # fmt: skip
 """What a resumed run may change; a change of the machine is warned of by the checkpoint's manifest."""
 

@@ -53,15 +53,16 @@ class Batches:
         self._source = source
         self._is_map = hasattr(source, "__getitem__") and isinstance(source, Sized)
         self._iterator: Iterator[Any] | None = None
-        self._worker_options = {"num_workers": num_workers, "multiprocessing_context": multiprocessing_context}
+        self._num_workers, self._multiprocessing_context = num_workers, multiprocessing_context
         self._collate = collate or default_collate
         if self._is_map:
             if len(source) == 0:
                 raise ConfigError("dataset: it is empty; give one with at least one sample")
             share(batch_size, fabric, "batch_size")
-            self._dataset = SeededSamples(source, seed) if seed_samples else source
+            self._dataset: Any = SeededSamples(source, seed) if seed_samples else source
             self._order = GlobalOrder(len(source), batch_size, seed, fabric.global_rank, fabric.world_size)
-            self._in_memory = isinstance(source, TensorDataset) and not seed_samples and num_workers == 0
+            in_memory = isinstance(source, TensorDataset) and not seed_samples and num_workers == 0
+            self._tensors: tuple[Tensor, ...] | None = source.tensors if in_memory else None
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -73,9 +74,9 @@ class Batches:
         return move_data_to_device(batch, self._fabric.device)
 
     def _next_of_dataset(self) -> Any:
-        if self._in_memory:
+        if self._tensors is not None:
             _, index = self._order.batch(self.position)
-            return tuple(tensor[index.to(tensor.device)] for tensor in self._dataset.tensors)
+            return tuple(tensor[index.to(tensor.device)] for tensor in self._tensors)
         if self._iterator is None:
             loader = DataLoader(
                 self._dataset,
@@ -85,7 +86,8 @@ class Batches:
                 worker_init_fn=_start_worker,
                 # Fabric's own loader draws its base seed from the default generator.
                 generator=torch.Generator(),
-                **self._worker_options,
+                num_workers=self._num_workers,
+                multiprocessing_context=self._multiprocessing_context,
             )
             self._iterator = iter(loader)
         return next(self._iterator)
@@ -175,7 +177,7 @@ class _BatchesFrom(Sampler[list[Any]]):
         k = self._start
         while True:
             passes, index = self._order.batch(k)
-            yield list(zip(passes.tolist(), index.tolist(), strict=True)) if self._with_pass else index.tolist()
+            yield (list(zip(passes.tolist(), index.tolist(), strict=True)) if self._with_pass else index.tolist())
             k += 1
 
 

@@ -51,7 +51,9 @@ def fashion_mnist(data_root: str | None, *, train: bool = True) -> Images:
         _download_fashion_mnist(data_root, raw)
     images, labels = (_read_idx(raw / name) for name in names)
     return Images(
-        torch.from_numpy(images).float().unsqueeze(1) / 127.5 - 1, torch.from_numpy(labels.astype(np.int64)), 10
+        torch.from_numpy(images).float().unsqueeze(1) / 127.5 - 1,
+        torch.from_numpy(labels.astype(np.int64)),
+        10,
     )
 
 
@@ -60,7 +62,9 @@ def _exists(path: Path) -> bool:
 
 
 def _download_fashion_mnist(data_root: str, raw: Path) -> None:
-    remedy = f"put Fashion-MNIST's idx files into {raw}, or install torchvision with pip install 'lightning-custom[vision]'"
+    remedy = (
+        f"put Fashion-MNIST's idx files into {raw}, or install torchvision with pip install 'lightning-custom[vision]'"
+    )
     try:
         from torchvision.datasets import FashionMNIST
     except ImportError as error:
@@ -68,7 +72,9 @@ def _download_fashion_mnist(data_root: str, raw: Path) -> None:
     try:
         FashionMNIST(data_root, download=True)
     except Exception as error:
-        raise ConfigError(f"data_root: Fashion-MNIST could not be downloaded to {data_root} ({error}); {remedy}") from error
+        raise ConfigError(
+            f"data_root: Fashion-MNIST could not be downloaded to {data_root} ({error}); {remedy}"
+        ) from error
 
 
 def _read_idx(path: Path) -> np.ndarray:

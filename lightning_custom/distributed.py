@@ -64,9 +64,7 @@ def _reduction_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def _mean_gradients_of_one_dtype_(
-    parameters: list[nn.Parameter], dtype: torch.dtype, world_size: int
-) -> None:
+def _mean_gradients_of_one_dtype_(parameters: list[nn.Parameter], dtype: torch.dtype, world_size: int) -> None:
     sizes = [parameter.numel() for parameter in parameters]
     present = [parameter.grad is not None for parameter in parameters]
     buffer = torch.zeros(sum(sizes) + len(sizes), dtype=dtype, device=parameters[0].device)
@@ -108,7 +106,7 @@ def take_share(tensor: Tensor, fabric: Fabric) -> Tensor:
 
     Parts differ by at most one where ``B`` does not divide, process 0's being the larger.
     """
-    return fabric.to_device(tensor.tensor_split(fabric.world_size)[fabric.global_rank])  # type: ignore[no-any-return]
+    return fabric.to_device(tensor.tensor_split(fabric.world_size)[fabric.global_rank])
 
 
 def gather_shares(tensor: Tensor, fabric: Fabric) -> Tensor:

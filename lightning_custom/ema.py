@@ -4,19 +4,19 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_custom.precision import unwrap
 
 
 class EMA:
-    """A copy of ``module`` whose parameters follow its own with a half-life counted in samples.
+    """A copy of ``module`` whose parameters follow the module's with a half-life counted in samples.
 
     After an update on ``batch_size`` samples of which ``samples_seen`` have been seen in all, the copy keeps
     ``0.5 ** (batch_size / half_life)`` of itself; early on the half-life is at most ``ramp * samples_seen``, so that
     the first random weights are soon forgotten (Karras et al. 2020, StyleGAN2-ADA, training loop). Buffers are
-    copied. The copy is in evaluation mode, without gradients, and in float32 where the module is in half
-    precision, whose rounding would swallow the small updates.
+    copied. The copy is in evaluation mode, without gradients, and in float32 where the module is in half precision,
+    whose rounding would swallow the small updates. Make it after ``fabric.setup``.
 
     >>> average = EMA(nn.Linear(2, 2), half_life=1000)
     >>> average.decay(batch_size=500, samples_seen=100_000) == 0.5**0.5
@@ -26,9 +26,14 @@ class EMA:
     def __init__(self, module: nn.Module, *, half_life: float, ramp: float = 0.05) -> None:
         self.half_life = half_life
         self.ramp = ramp
-        self.module = copy.deepcopy(unwrap(module)).requires_grad_(False).eval()
-        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self.module.parameters()):
+        source = unwrap(module)
+        self.module = copy.deepcopy(source).requires_grad_(False).eval()
+        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in source.parameters()):
             self.module.float()
+        # Walking a module's tree costs as much as the update of a small network.
+        self._averages: list[Tensor] = list(self.module.parameters())
+        self._values: list[Tensor] = list(source.parameters())
+        self._buffers = list(zip(self.module.buffers(), source.buffers(), strict=True))
 
     def decay(self, batch_size: int, samples_seen: int) -> float:
         """The share of itself that the average keeps at this update, in [0, 1)."""
@@ -36,15 +41,13 @@ class EMA:
         return 0.5 ** (batch_size / half_life) if half_life > 0 else 0.0
 
     @torch.no_grad()
-    def update_(self, module: nn.Module, *, batch_size: int, samples_seen: int) -> None:
-        """Move the average towards ``module``."""
-        weight = 1 - self.decay(batch_size, samples_seen)
-        source = unwrap(module)
-        averages, values = list(self.module.parameters()), list(source.parameters())
+    def update_(self, *, batch_size: int, samples_seen: int) -> None:
+        """Move the average towards the module's weights of now."""
+        averages, values = self._averages, self._values
         if averages and averages[0].dtype != values[0].dtype:
             values = [value.to(average.dtype) for value, average in zip(values, averages, strict=True)]
-        torch._foreach_lerp_(averages, values, weight)
-        for average, value in zip(self.module.buffers(), source.buffers(), strict=True):
+        torch._foreach_lerp_(averages, values, 1 - self.decay(batch_size, samples_seen))
+        for average, value in self._buffers:
             average.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:

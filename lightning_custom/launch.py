@@ -33,14 +33,12 @@ def launch(config: RunConfig) -> Fabric:
         options["precision"] = config.precision
     make_deterministic(config.deterministic)
     try:
-        fabric = Fabric(
-            accelerator=config.accelerator, devices=devices, num_nodes=config.num_nodes, **options
-        )
+        fabric = Fabric(accelerator=config.accelerator, devices=devices, num_nodes=config.num_nodes, **options)
     except (ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"accelerator, devices, strategy, precision: {' '.join(str(error).split())}"
-        ) from error
+        raise ConfigError(f"accelerator, devices, strategy, precision: {' '.join(str(error).split())}") from error
     fabric.launch()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     return fabric
 
 

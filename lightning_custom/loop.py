@@ -84,9 +84,9 @@ def parse_duration(text: str, field: str = "max_time") -> float:
     (5400.0, 90.0, 45.0)
     """
     if re.fullmatch(r"(\d+-)?\d+:\d\d:\d\d", text):
-        days, _, clock = text.rpartition("-")
+        day_part, _, clock = text.rpartition("-")
         hours, minutes, seconds = (int(part) for part in clock.split(":"))
-        return float(int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds)
+        return float(int(day_part or 0) * 86400 + hours * 3600 + minutes * 60 + seconds)
     match = _DURATION.match(text.strip())
     if not text.strip() or match is None:
         raise ConfigError(f"{field}: {text!r} is not a duration; write for example 90s, 1h30m or 01:30:00")

@@ -31,7 +31,5 @@ def machine_facts(fabric: Fabric, config: RunConfig) -> dict[str, Any]:
 def differences(stored: dict[str, Any], live: dict[str, Any]) -> list[str]:
     """Which facts differ, as ``name: stored -> live``."""
     return [
-        f"{name}: {stored[name]} -> {value}"
-        for name, value in live.items()
-        if name in stored and stored[name] != value
+        f"{name}: {stored[name]} -> {value}" for name, value in live.items() if name in stored and stored[name] != value
     ]

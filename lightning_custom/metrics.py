@@ -51,7 +51,9 @@ class MetricLogger:
         self._folder = Path(run_dir) if run_dir is not None and fabric.global_rank == 0 else None
         self._events = None if self._folder is None else EventFile(self._folder)
         self._hyperparameters = (
-            dataclasses.asdict(hyperparameters) if dataclasses.is_dataclass(hyperparameters) else hyperparameters
+            dataclasses.asdict(hyperparameters)
+            if dataclasses.is_dataclass(hyperparameters) and not isinstance(hyperparameters, type)
+            else hyperparameters
         )
         self._headline = tuple(headline)
         self._sums: dict[str, Tensor] = {}
@@ -97,9 +99,7 @@ class MetricLogger:
             return {}
         weights = torch.tensor([*(self._weights[tag] for tag in tags), _checksum(tags)], dtype=self._dtype)
         parts = torch.stack([self._sums[tag] for tag in tags])
-        *totals, checksum = sum_over_processes(
-            self._fabric, torch.cat([parts, weights.to(parts.device)])
-        ).tolist()
+        *totals, checksum = sum_over_processes(self._fabric, torch.cat([parts, weights.to(parts.device)])).tolist()
         if checksum != self._fabric.world_size * _checksum(tags):
             raise ValueError(f"metrics: processes updated different tags since the last flush; here {', '.join(tags)}")
         sums, counts = totals[: len(tags)], totals[len(tags) :]

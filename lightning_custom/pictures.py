@@ -1,6 +1,5 @@
 """Pictures of samples."""
 
-import torch
 from torch import Tensor
 
 
@@ -14,9 +13,7 @@ def image_grid(images: Tensor, columns: int, *, scale: int = 1, padding: int = 1
     rows = -(-count // columns)
     images = images.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
     height, width = height * scale, width * scale
-    grid = images.new_zeros(
-        (channels, rows * (height + padding) + padding, columns * (width + padding) + padding)
-    )
+    grid = images.new_zeros((channels, rows * (height + padding) + padding, columns * (width + padding) + padding))
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
         top, left = padding + row * (height + padding), padding + column * (width + padding)

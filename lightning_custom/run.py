@@ -32,9 +32,7 @@ class Run:
         """Create the directory, take its lock, and sweep what an interrupted save left."""
         holds_run = (self.path / CONFIG).exists()
         if self._config.resume == "never" and holds_run:
-            raise ConfigError(
-                f"resume: never, but {self.path} holds a run; choose another --run_dir or --resume auto"
-            )
+            raise ConfigError(f"resume: never, but {self.path} holds a run; choose another --run_dir or --resume auto")
         if self._config.resume == "must" and not storage.saved_steps(self.checkpoints):
             raise ConfigError(
                 f"resume: must, but {self.path} holds no checkpoint; check --run_dir, or start with --resume auto"

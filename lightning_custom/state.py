@@ -136,8 +136,6 @@ def mismatches(state: Any, stored: Mapping[str, Any]) -> list[str]:
         part = parts.get(name)
         if isinstance(part, Optimizer):
             problems += _optimizer_mismatches(name, live[name], stored[name])
-        elif hasattr(part, "state_dict_mismatches"):
-            problems += [f"{name}: {problem}" for problem in part.state_dict_mismatches(stored[name])]
         else:
             problems += _structure_mismatches(name, live[name], stored[name])
     return problems

@@ -11,9 +11,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 
-STOP_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
-)
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 _OUT_OF_TIME = -1
 
 

@@ -43,7 +43,7 @@ def in_processes(
     strategy = ExplicitStrategy(start_method="forkserver")
     fabric = Fabric(accelerator="cpu", devices=processes, strategy=strategy, **plugins)
     with tempfile.TemporaryDirectory() as folder:
-        fabric.launch(_run_and_keep, function, folder, arguments)
+        fabric.launch(_run_and_keep, function, folder, arguments)  # type: ignore[arg-type]
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
@@ -112,7 +112,11 @@ def first_difference(expected: Any, actual: Any, name: str = "state") -> str | N
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().cpu().view(torch.uint8) if tensor.dim() else tensor.detach().reshape(1).view(torch.uint8)
+    return (
+        tensor.detach().contiguous().cpu().view(torch.uint8)
+        if tensor.dim()
+        else tensor.detach().reshape(1).view(torch.uint8)
+    )
 
 
 def _distance(expected: Tensor, actual: Tensor) -> float:

@@ -1,0 +1,26 @@
+"""What all tests share: one thread, so that several tests beside each other do not slow each other down."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+from lightning_custom.launch import make_deterministic
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _torch_as_it_was():
+    """No test leaves determinism or a default dtype behind."""
+    yield
+    make_deterministic(False)
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory):
+    """The feature extractor is cached for the session, never in the user's home."""
+    os.environ["LIGHTNING_CUSTOM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
