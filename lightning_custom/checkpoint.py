@@ -8,15 +8,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import torch
 from lightning.fabric import Fabric
 
 from lightning_custom import state as states
 from lightning_custom import storage
 from lightning_custom.config import RunConfig, check_unchanged
 from lightning_custom.distributed import all_objects, first_process, together
-from lightning_custom.errors import CheckpointError, ConfigError
+from lightning_custom.errors import CheckpointError, ConfigError, NonFiniteError
 from lightning_custom.loop import due, parse_duration
 from lightning_custom.machine import differences, machine_facts
+from lightning_custom.precision import unwrap
+from lightning_custom.replay import FiniteGuard
 from lightning_custom.run import Run
 from lightning_custom.stopping import Stopper
 
@@ -59,6 +62,7 @@ class Checkpointer:
         self._best_name, self._mode = best, mode
         self._best_value: float | None = None
         self._steps_fixed = steps_fixed
+        self._guard: FiniteGuard | None = None
         self._run = Run(config)
         self._is_first = fabric.global_rank == 0
         self._step = 0
@@ -66,8 +70,8 @@ class Checkpointer:
 
     def __enter__(self) -> Self:
         """Take the run's lock and install the signal handlers."""
-        first_process(self._fabric, self._run.open)
         try:
+            first_process(self._fabric, self._run.open)
             self._check_directory_is_shared()
             first_process(self._fabric, self._check_config)
             self._stopper = Stopper(self._fabric, self._max_seconds)
@@ -77,10 +81,11 @@ class Checkpointer:
         return self
 
     def _check_directory_is_shared(self) -> None:
-        exists = all_objects(self._fabric, self._run.checkpoints.is_dir())
-        if not all(exists):
+        owner, *seen = all_objects(self._fabric, self._run.owner())
+        strangers = [rank for rank, name in enumerate(seen, start=1) if name != owner]
+        if strangers:
             raise ConfigError(
-                f"run_dir: {self._run.path} is not visible to process {exists.index(False)}; "
+                f"run_dir: {self._run.path} is not the same directory for processes 0 and {strangers[0]}; "
                 "with several nodes it must lie on a shared file system"
             )
 
@@ -101,14 +106,16 @@ class Checkpointer:
             first_process(self._fabric, self._run.store_config)
         else:
             stored, items, manifest = together(self._fabric, lambda: self._read(folder, state))
-            states.restore_(state, stored, items)
+            together(self._fabric, lambda: states.restore_(state, stored, items))
             self._restore_precision(stored)
             self._warn_of_another_machine(manifest)
             first_process(self._fabric, self._run.store_config)
         self._step = state.step
+        if self._config.replay_step is not None:
+            self._guard = FiniteGuard(states.modules(state))
         together(self._fabric, lambda: _resume_parts(state, None if folder is None else state.step))
         self._best_value = first_process(self._fabric, self._write_best)
-        self._write_status("running")
+        first_process(self._fabric, lambda: self._write_status("running"))
 
     def _newest_good(self) -> Path | None:
         root, failures = self._run.checkpoints, []
@@ -119,9 +126,7 @@ class Checkpointer:
                 for name in manifest["files"]:
                     storage.read_tensors(folder / name)
             except CheckpointError as error:
-                aside = storage.set_aside(folder)
-                failures.append(f"{error}; moved aside to {aside}")
-                warnings.warn(f"checkpoint of step {step} is not usable: {failures[-1]}", stacklevel=2)
+                failures.append(_set_aside(folder, error))
             else:
                 return folder
         if failures:
@@ -137,7 +142,7 @@ class Checkpointer:
             if name != SHARED_FILE:
                 for component, content in storage.read_tensors(folder / name).items():
                     items.setdefault(component, {}).update(content)
-        problems = states.mismatches(state, stored)
+        problems = states.mismatches(state, stored, items)
         if problems:
             shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
             raise CheckpointError(
@@ -178,6 +183,7 @@ class Checkpointer:
         is untouched.
         """
         root, step, scores = self._run.checkpoints, state.step, scores or {}
+        self._require_finite(state)
         temporary = storage.temporary_folder(root, step)
         started = time.perf_counter()
         try:
@@ -193,7 +199,7 @@ class Checkpointer:
             first_process(self._fabric, lambda: storage.publish(root, step, manifest))
         except CheckpointError as error:
             if self._is_first:
-                shutil.rmtree(temporary, ignore_errors=True)
+                storage.sweep(root)
             raise CheckpointError(
                 f"{storage.step_folder(root, step)} could not be saved ({error}); "
                 "the checkpoints before it are untouched"
@@ -201,8 +207,19 @@ class Checkpointer:
         if self.is_best(scores):
             self._best_value = scores[self._best_name or ""]
         first_process(self._fabric, self._prune)
-        self._write_status("running")
+        first_process(self._fabric, lambda: self._write_status("running"))
         return storage.step_folder(root, step)
+
+    def _require_finite(self, state: Any) -> None:
+        weights = {
+            f"{part}.{name}": parameter.detach().isfinite().all()
+            for part, module in states.modules(state).items()
+            for name, parameter in unwrap(module).named_parameters()
+        }
+        finite = torch.stack(list(weights.values())).tolist() if weights else []
+        broken = [name for name, good in zip(weights, finite, strict=True) if not good]
+        if any(all_objects(self._fabric, bool(broken))):
+            raise NonFiniteError(f"the weights of {broken[0] if broken else 'a part'} are not finite", step=state.step)
 
     def _write_parts(self, folder: Path, state: Any) -> dict[str, Any]:
         files = {}
@@ -219,7 +236,7 @@ class Checkpointer:
     def _prune(self) -> None:
         self._write_best()
         root = self._run.checkpoints
-        keep = set(storage.saved_steps(root)[-max(self._config.keep, 1) :])
+        keep = set(storage.saved_steps(root)[-self._config.keep :])
         best = read_best(self._run.path)
         storage.prune(root, keep | ({best["step"]} if best else set()))
 
@@ -228,8 +245,12 @@ class Checkpointer:
         candidates = []
         for step in storage.saved_steps(self._run.checkpoints):
             folder = storage.step_folder(self._run.checkpoints, step)
-            value = storage.read_manifest(folder)["scores"].get(self._best_name)
-            if value is not None:
+            try:
+                value = storage.read_manifest(folder)["scores"].get(self._best_name)
+            except CheckpointError as error:
+                _set_aside(folder, error)
+                continue
+            if value is not None and value == value:
                 candidates.append((value if self._mode == "min" else -value, step, value))
         path = self._run.checkpoints / "best.json"
         if not candidates:
@@ -248,6 +269,10 @@ class Checkpointer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Put the signal handlers back, write the final status, and free the lock."""
+        if self._guard is not None:
+            self._guard.remove()
+        if isinstance(error, NonFiniteError):
+            self._complete(error)
         try:
             if kind is None:
                 self._stopper.finish()
@@ -257,6 +282,12 @@ class Checkpointer:
         finally:
             self._stopper.close()
             self._run.close()
+
+    def _complete(self, error: NonFiniteError) -> None:
+        error.step = error.step if error.step is not None else self._step + 1
+        error.run_dir = str(self._run.path)
+        steps = storage.saved_steps(self._run.checkpoints)
+        error.checkpoint = str(storage.step_folder(self._run.checkpoints, steps[-1])) if steps else "none"
 
     def _write_failure(self, kind: type[BaseException], error: BaseException | None) -> None:
         try:
@@ -271,6 +302,12 @@ class Checkpointer:
         else:
             signal = self._stopper.agreed
             self._write_status("stopped", signal=signal if signal > 0 else None)
+
+
+def _set_aside(folder: Path, error: CheckpointError) -> str:
+    failure = f"{error}; moved aside to {storage.set_aside(folder)}"
+    warnings.warn(f"checkpoint {folder.name} is not usable: {failure}", stacklevel=3)
+    return failure
 
 
 def _resume_parts(state: Any, step: int | None) -> None:

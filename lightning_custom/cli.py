@@ -13,7 +13,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from lightning_custom.config import RunConfig, read_config
-from lightning_custom.errors import CheckpointError, ConfigError
+from lightning_custom.errors import CheckpointError, ConfigError, NonFiniteError
 from lightning_custom.run import CONFIG, exit_status
 
 Main = Callable[[Any], Any]
@@ -47,8 +47,12 @@ def command_line(
         if words and not words[0].startswith("-"):
             known = ", ".join(verbs or ()) or "none"
             raise ConfigError(f"{words[0]!r} is not a verb; there are: {known}. Flags begin with --")
-        run_dir = main(parse_config(config, words, presets, description))
+        settings = parse_config(config, words, presets, description)
+        run_dir = _run(main, settings)
         return 0 if run_dir is None or _launched_from_outside() else exit_status(run_dir) if _is_first() else 0
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return WRONG_USAGE
@@ -59,6 +63,24 @@ def command_line(
             # The others wait in a collective; leaving at once closes their connections.
             os._exit(1)
         raise
+
+
+def _run(main: Main, settings: RunConfig) -> str | None:
+    try:
+        return main(settings)  # type: ignore[no-any-return]
+    except NonFiniteError as error:
+        if settings.replay_step is None and error.run_dir is not None and "WORLD_SIZE" not in os.environ:
+            _name_the_module(error, main, settings)
+        raise
+
+
+def _name_the_module(error: NonFiniteError, main: Main, settings: RunConfig) -> None:
+    """Do the failed steps again from the last good checkpoint with every module checked; add what that finds."""
+    print(f"{error}; doing it again to find the module", file=sys.stderr, flush=True)
+    try:
+        main(dataclasses.replace(settings, run_dir=error.run_dir, replay_step=error.step))
+    except NonFiniteError as found:
+        error.what, error.step = f"{error.what}; {found.what}", found.step
 
 
 def parse_config(
@@ -99,7 +121,12 @@ def _parser(
 def _new_parser(description: str | None) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     return ArgumentParser(
-        description=description, exit_on_error=False, allow_abbrev=False, default_env=False, usage=SUPPRESS
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+        default_env=False,
+        usage=SUPPRESS,
+        print_config=None,  # its own --print_config would take ours for a flag with a value
     )
 
 
@@ -123,10 +150,10 @@ def _set_defaults_from_file(parser: ArgumentParser, file: Path, config: type[Run
     if unknown:
         raise ConfigError(f"config: {file} has {', '.join(unknown)}, which {config.__name__} has not; take it out")
     try:
-        parser.parse_object(fields)
+        parsed = parser.parse_object(fields)
     except Exception as error:
         raise ConfigError(f"config: {file}: {_one_line(error)}") from error
-    parser.set_defaults(fields)
+    parser.set_defaults({name: parsed[name] for name in fields})
 
 
 def _parse(parser: ArgumentParser, words: Sequence[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from lightning.fabric import Fabric
 
 from lightning_custom.distributed import first_process
 from lightning_custom.errors import ConfigError
+from lightning_custom.replay import MARKER, replay_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class RunConfig:
     """Directory of the run; none: runs/NAME/DATE-TIME."""
     resume: Literal["auto", "must", "never"] = "auto"
     """auto: go on if run_dir holds a checkpoint; must: fail without one; never: refuse a used run_dir."""
+    replay_step: int | None = None
+    """Do this step of run_dir again from the checkpoint before it, checking every module, and leave run_dir as it is."""
     log_every: int = 100
     """Steps between two rows of metrics."""
     validate_every: int = 1000
@@ -53,8 +56,20 @@ class RunConfig:
     deterministic: bool = True
     """Deterministic algorithms, with a warning that names an operation without one."""
 
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name}: {value}; it must be at least {least}")
 
-INVOCATION_FIELDS = frozenset({"run_dir", "resume", "stop_at", "max_time"})
+
+_LEAST = {
+    "steps": 0, "stop_at": 1, "seed": 0, "log_every": 0, "validate_every": 0, "checkpoint_every": 0, "keep": 1,
+    "devices": 1, "num_nodes": 1, "threads": 1,
+}  # fmt: skip
+
+
+INVOCATION_FIELDS = frozenset({"run_dir", "resume", "stop_at", "max_time", "replay_step"})
 """What belongs to one start of the program and not to the run: never stored."""
 
 CHANGEABLE_FIELDS = INVOCATION_FIELDS | {
@@ -81,7 +96,7 @@ def read_config(path: Path) -> dict[str, Any]:
         fields = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"config: cannot read {path}: {error.strerror}; give a file that exists") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"config: {path} is not valid YAML: {reason}") from error
     if not isinstance(fields, dict):
@@ -112,12 +127,27 @@ def _as_stored(value: Any) -> Any:
 
 
 def with_run_dir(fabric: Fabric, config: C) -> C:
-    """``config`` with a run directory: its own, or ``runs/NAME/DATE-TIME`` decided by process 0."""
+    """``config`` with a run directory: its own, or ``runs/NAME/DATE-TIME`` decided by process 0.
+
+    With ``replay_step``, a copy of what the run had before that step, where it is done again and logged.
+    """
+    if config.replay_step is not None:
+        return _with_replay_folder(fabric, config, config.replay_step)
     if config.run_dir is not None:
         return config
     now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
     path = Path("runs") / recipe_name(config) / now
     return dataclasses.replace(config, run_dir=first_process(fabric, lambda: str(_claim(path))))
+
+
+def _with_replay_folder(fabric: Fabric, config: C, step: int) -> C:
+    if config.run_dir is None:
+        raise ConfigError("replay_step: needs the run that it is of; give --run_dir")
+    run_dir = Path(config.run_dir)
+    if (run_dir / MARKER).exists():
+        return config
+    folder = first_process(fabric, lambda: str(replay_folder(run_dir, step)))
+    return dataclasses.replace(config, run_dir=folder, stop_at=step, log_every=1, checkpoint_every=0, resume="auto")
 
 
 def _claim(path: Path) -> Path:

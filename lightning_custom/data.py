@@ -3,6 +3,7 @@
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
 
-from lightning_custom.distributed import share
+from lightning_custom.distributed import process_item, share
 from lightning_custom.errors import ConfigError
 from lightning_custom.loop import hash_seed
 from lightning_custom.stopping import ignore_stop_signals
@@ -28,11 +29,12 @@ class Batches:
       stored, and prefetching workers cannot shift it. A :class:`~torch.utils.data.TensorDataset` is indexed at once.
     - an iterable of batches (each process its own part). One with ``state_dict`` and ``load_state_dict`` is stored
       and restored; any other is read forward to its place on resume, with a warning. An iterable that ends is
-      begun again.
+      begun again. Batch k is drawn with the default generators seeded by (seed, k, process), so that a shuffling
+      ``DataLoader`` read forward shuffles as before.
 
-    ``batch_size`` is global, over all processes. ``seed_samples`` seeds the default generators from (seed, pass,
-    index) for each sample of a map-style dataset, so that random augmentation inside the dataset depends on neither
-    workers nor processes.
+    ``batch_size`` is global, over all processes. ``seed_samples`` seeds the default generators by (seed, pass, index)
+    for each sample of a map-style dataset, so that random augmentation inside the dataset depends on neither workers
+    nor processes; False saves about 40 microseconds a sample.
     """
 
     def __init__(
@@ -43,13 +45,13 @@ class Batches:
         batch_size: int,
         seed: int,
         num_workers: int = 0,
-        seed_samples: bool = False,
+        seed_samples: bool = True,
         collate: Callable[[list[Any]], Any] | None = None,
         multiprocessing_context: str | None = None,
     ) -> None:
         self.position = 0
         """Batches handed out so far."""
-        self._fabric = fabric
+        self._fabric, self._seed = fabric, seed
         self._source = source
         self._is_map = hasattr(source, "__getitem__") and isinstance(source, Sized)
         self._iterator: Iterator[Any] | None = None
@@ -59,9 +61,9 @@ class Batches:
             if len(source) == 0:
                 raise ConfigError("dataset: it is empty; give one with at least one sample")
             share(batch_size, fabric, "batch_size")
+            in_memory = num_workers == 0 and _is_plain(source, collate)
             self._dataset: Any = SeededSamples(source, seed) if seed_samples else source
             self._order = GlobalOrder(len(source), batch_size, seed, fabric.global_rank, fabric.world_size)
-            in_memory = isinstance(source, TensorDataset) and not seed_samples and num_workers == 0
             self._tensors: tuple[Tensor, ...] | None = source.tensors if in_memory else None
 
     def __iter__(self) -> Iterator[Any]:
@@ -69,14 +71,14 @@ class Batches:
 
     def __next__(self) -> Any:
         """The next batch; its position counts as handed out."""
-        batch = self._next_of_dataset() if self._is_map else self._next_of_iterable()
+        batch = self._next_of_dataset() if self._is_map else self._next_of_iterable(self.position)
         self.position += 1
         return move_data_to_device(batch, self._fabric.device)
 
     def _next_of_dataset(self) -> Any:
         if self._tensors is not None:
             _, index = self._order.batch(self.position)
-            return tuple(tensor[index.to(tensor.device)] for tensor in self._tensors)
+            return [tensor[index.to(tensor.device)] for tensor in self._tensors]
         if self._iterator is None:
             loader = DataLoader(
                 self._dataset,
@@ -92,7 +94,11 @@ class Batches:
             self._iterator = iter(loader)
         return next(self._iterator)
 
-    def _next_of_iterable(self) -> Any:
+    def _next_of_iterable(self, position: int) -> Any:
+        with _seeded(hash_seed(self._seed, position, "iterable", self._fabric.global_rank)):
+            return self._pull()
+
+    def _pull(self) -> Any:
         for _ in range(2):
             if self._iterator is None:
                 self._iterator = iter(self._source)
@@ -118,14 +124,14 @@ class Batches:
                 f"dataset: a {type(self._source).__name__} has no state_dict; reading {self.position} batches forward",
                 stacklevel=2,
             )
-            for _ in range(self.position):
-                self._next_of_iterable()
+            for position in range(self.position):
+                self._next_of_iterable(position)
 
     def item_state_dict(self) -> dict[str, Any]:
         """The iterable's own state, of this process."""
         if self._stored_source is None:
             return {}
-        return {f"process-{self._fabric.global_rank:05d}": self._stored_source.state_dict()}
+        return {process_item(self._fabric): self._stored_source.state_dict()}
 
     def load_item_state_dict(self, items: dict[str, Any]) -> None:
         """Give the iterable its state back; it must resume on the same number of processes."""
@@ -136,7 +142,7 @@ class Batches:
                 f"devices: the data's state is of {len(items)} processes and cannot be divided among "
                 f"{self._fabric.world_size}; resume on {len(items)}"
             )
-        self._source.load_state_dict(items[f"process-{self._fabric.global_rank:05d}"])
+        self._source.load_state_dict(items[process_item(self._fabric)])
 
 
 class GlobalOrder:
@@ -196,17 +202,23 @@ class SeededSamples(Dataset[Any]):
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         pass_number, index = key
-        before = torch.random.get_rng_state(), np.random.get_state(), random.getstate()
-        seed = hash_seed(self.seed, pass_number, index, "sample")
-        torch.default_generator.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
-        try:
+        with _seeded(hash_seed(self.seed, pass_number, index, "sample")):
             return self.dataset[index]
-        finally:
-            torch.random.set_rng_state(before[0])
-            np.random.set_state(before[1])
-            random.setstate(before[2])
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Within the block the CPU's default generators start from ``seed``; afterwards they are as before."""
+    before = torch.random.get_rng_state(), np.random.get_state(), random.getstate()
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(before[0])
+        np.random.set_state(before[1])
+        random.setstate(before[2])
 
 
 def evaluation_batches(
@@ -221,11 +233,16 @@ def evaluation_batches(
     part = range(rank * size // processes, (rank + 1) * size // processes)
     for start in range(part.start, part.stop, batch_size):
         index = range(start, min(start + batch_size, part.stop))
-        if isinstance(dataset, TensorDataset):
-            batch: Any = tuple(tensor[index.start : index.stop] for tensor in dataset.tensors)
+        if _is_plain(dataset, collate):
+            batch: Any = [tensor[index.start : index.stop] for tensor in dataset.tensors]
         else:
             batch = (collate or default_collate)([dataset[i] for i in index])
         yield move_data_to_device(batch, fabric.device)
+
+
+def _is_plain(dataset: Any, collate: Callable[[list[Any]], Any] | None) -> bool:
+    # A subclass may augment; both containers are lists, as default_collate makes them.
+    return type(dataset) is TensorDataset and collate is None
 
 
 def _start_worker(worker: int) -> None:

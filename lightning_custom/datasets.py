@@ -3,7 +3,7 @@
 import gzip
 import struct
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,39 +42,76 @@ def fashion_mnist(data_root: str | None, *, train: bool = True) -> Images:
 
     Files may be gzipped. Where they are missing, torchvision downloads them if it is installed.
     """
-    if data_root is None:
-        raise ConfigError("data_root: none, but data fashion-mnist needs one; give --data_root DIR")
-    raw = Path(data_root) / "FashionMNIST" / "raw"
-    split = "train" if train else "t10k"
-    names = (f"{split}-images-idx3-ubyte", f"{split}-labels-idx1-ubyte")
-    if not all(_exists(raw / name) for name in names):
-        _download_fashion_mnist(data_root, raw)
-    images, labels = (_read_idx(raw / name) for name in names)
-    return Images(
-        torch.from_numpy(images).float().unsqueeze(1) / 127.5 - 1,
-        torch.from_numpy(labels.astype(np.int64)),
-        10,
+    return _idx_images("FashionMNIST", "fashion-mnist", data_root, train)
+
+
+def mnist(data_root: str | None, *, train: bool = True) -> Images:
+    """MNIST (LeCun et al. 1998) from ``DATA_ROOT/MNIST/raw``, as :func:`fashion_mnist` reads it."""
+    return _idx_images("MNIST", "mnist", data_root, train)
+
+
+def cifar10(data_root: str | None, *, train: bool = True) -> Images:
+    """CIFAR-10 (Krizhevsky 2009) through torchvision, which reads or downloads ``DATA_ROOT/cifar-10-batches-py``."""
+    data_root = _require_root("cifar10", data_root)
+    data = _torchvision("CIFAR10", data_root, train, f"put CIFAR-10 into {data_root}/cifar-10-batches-py")
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return Images(images.contiguous(), torch.tensor(data.targets), 10)
+
+
+def load_images(name: str, data_root: str | None, *, train: bool = True) -> Images:
+    """The data set ``name``: digits, fashion-mnist, mnist or cifar10; digits has no parts of its own."""
+    if name == "digits":
+        return digits()
+    return {"fashion-mnist": fashion_mnist, "mnist": mnist, "cifar10": cifar10}[name](data_root, train=train)
+
+
+def split(data: Images, share: float, *, seed: int = 0) -> tuple[Images, Images]:
+    """``data`` without a fixed random ``share`` of its samples, and that share; chosen by ``seed`` alone."""
+    order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(seed))
+    size = round(share * len(order))
+    rest, part = order[size:], order[:size]
+    return (
+        Images(data.images[rest], data.labels[rest], data.num_classes),
+        Images(data.images[part], data.labels[part], data.num_classes),
     )
+
+
+def _idx_images(folder: str, name: str, data_root: str | None, train: bool) -> Images:
+    data_root = _require_root(name, data_root)
+    raw = Path(data_root) / folder / "raw"
+    part = "train" if train else "t10k"
+    files = (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte")
+    if not all(_exists(raw / file) for file in files):
+        _torchvision(folder, data_root, train, f"put its idx files into {raw}")
+    images, labels = (_read_idx(raw / file) for file in files)
+    return Images(
+        torch.from_numpy(images).float().unsqueeze(1) / 127.5 - 1, torch.from_numpy(labels.astype(np.int64)), 10
+    )
+
+
+def _require_root(name: str, data_root: str | None) -> str:
+    if data_root is None:
+        raise ConfigError(f"data_root: none, but data {name} needs one; give --data_root DIR")
+    return data_root
 
 
 def _exists(path: Path) -> bool:
     return path.exists() or path.with_name(f"{path.name}.gz").exists()
 
 
-def _download_fashion_mnist(data_root: str, raw: Path) -> None:
-    remedy = (
-        f"put Fashion-MNIST's idx files into {raw}, or install torchvision with pip install 'lightning-custom[vision]'"
-    )
+def _torchvision(kind: str, data_root: str, train: bool, remedy: str) -> Any:
+    """torchvision's data set, downloaded if need be; imported only here, since a broken one breaks what imports it."""
     try:
-        from torchvision.datasets import FashionMNIST
+        from torchvision import datasets
     except ImportError as error:
-        raise ConfigError(f"data_root: {data_root} holds no FashionMNIST/raw; {remedy}") from error
-    try:
-        FashionMNIST(data_root, download=True)
-    except Exception as error:
         raise ConfigError(
-            f"data_root: Fashion-MNIST could not be downloaded to {data_root} ({error}); {remedy}"
+            f"data_root: {data_root} does not hold {kind}; {remedy}, or install torchvision with "
+            "pip install 'lightning-custom[vision]'"
         ) from error
+    try:
+        return getattr(datasets, kind)(data_root, train=train, download=True)
+    except Exception as error:
+        raise ConfigError(f"data_root: {kind} could not be downloaded to {data_root} ({error}); {remedy}") from error
 
 
 def _read_idx(path: Path) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Several processes that give the run of one: explicit averaging, cutting by process, acting together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -70,15 +70,16 @@ def _mean_gradients_of_one_dtype_(parameters: list[nn.Parameter], dtype: torch.d
     buffer = torch.zeros(sum(sizes) + len(sizes), dtype=dtype, device=parameters[0].device)
     *means, mask = buffer.split([*sizes, len(sizes)])
     means = [mean.view_as(parameter) for mean, parameter in zip(means, parameters, strict=True)]
-    torch._foreach_copy_(
-        [mean for mean, here in zip(means, present, strict=True) if here],
-        [parameter.grad for parameter in parameters if parameter.grad is not None],
-    )
+    if any(present):
+        torch._foreach_copy_(
+            [mean for mean, here in zip(means, present, strict=True) if here],
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
+        )
     mask.copy_(torch.tensor(present))
     dist.all_reduce(buffer)
     buffer.div_(world_size)
     # The mask is read, which waits for the device, only by a process that misses a gradient itself.
-    anywhere = present if all(present) else mask.gt(0).tolist()
+    anywhere = present if all(present) else mask.ne(0).tolist()
     for parameter, mean, somewhere in zip(parameters, means, anywhere, strict=True):
         if parameter.grad is not None:
             parameter.grad.copy_(mean)
@@ -136,6 +137,19 @@ def all_objects(fabric: Fabric, value: T) -> list[T]:
     values: list[Any] = [None] * fabric.world_size
     dist.all_gather_object(values, value)
     return values
+
+
+def process_item(fabric: Fabric) -> str:
+    """The name of this process's item among those of all processes, for state that is stored by process."""
+    return f"process-{fabric.global_rank:05d}"
+
+
+def divide_items(fabric: Fabric, items: Mapping[str, T]) -> list[T]:
+    """Which of the stored ``items`` this process goes on with: its own, on the number of processes that stored them.
+
+    On another number they are dealt out in turn, so that a process may get several, or none.
+    """
+    return [items[name] for name in sorted(items)][fabric.global_rank :: fabric.world_size]
 
 
 def together(fabric: Fabric, action: Callable[[], T]) -> T:

@@ -28,8 +28,9 @@ class EMA:
         self.ramp = ramp
         source = unwrap(module)
         self.module = copy.deepcopy(source).requires_grad_(False).eval()
-        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in source.parameters()):
-            self.module.float()
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            if tensor.dtype in (torch.float16, torch.bfloat16):
+                tensor.data = tensor.data.float()
         # Walking a module's tree costs as much as the update of a small network.
         self._averages: list[Tensor] = list(self.module.parameters())
         self._values: list[Tensor] = list(source.parameters())
@@ -43,10 +44,10 @@ class EMA:
     @torch.no_grad()
     def update_(self, *, batch_size: int, samples_seen: int) -> None:
         """Move the average towards the module's weights of now."""
-        averages, values = self._averages, self._values
-        if averages and averages[0].dtype != values[0].dtype:
-            values = [value.to(average.dtype) for value, average in zip(values, averages, strict=True)]
-        torch._foreach_lerp_(averages, values, 1 - self.decay(batch_size, samples_seen))
+        # No copy where the dtypes are equal.
+        values = [value.to(average.dtype) for value, average in zip(self._values, self._averages, strict=True)]
+        if values:
+            torch._foreach_lerp_(self._averages, values, 1 - self.decay(batch_size, samples_seen))
         for average, value in self._buffers:
             average.copy_(value)
 

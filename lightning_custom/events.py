@@ -11,36 +11,35 @@ from typing import Any
 import torch
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 
 PATTERN = "events.out.tfevents.*"
+_CUT = ".cut"
 
 
 class EventFile:
-    """The events of one run directory, appended by one process without a thread.
+    """The events of one run directory, appended by one process without a thread; open only while it writes.
 
     A step's values go into one event: eight scalars cost 89 microseconds so, and 99 each if written alone.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._writer: RecordWriter | None = None
+        self._path: Path | None = None
 
     def write(self, step: int, values: Iterable[Any]) -> None:
         """Append one event with ``values`` (``Summary.Value`` protos) and flush it to the operating system."""
         event = Event(wall_time=time.time(), step=step, summary=Summary(value=list(values)))
-        writer = self._open()
-        writer.write(event.SerializeToString())
-        writer.flush()
+        self._append([event.SerializeToString()])
 
-    def _open(self) -> RecordWriter:
-        if self._writer is None:
+    def _append(self, records: list[bytes]) -> None:
+        if self._path is None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._writer = RecordWriter(_new_file(self._folder).open("wb"))
-            self._writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
-        return self._writer
+            self._path = _new_file(self._folder)
+            records = [_header(), *records]
+        _append_records(self._path, records)
 
     def cut(self, step: int | None) -> None:
         """Drop every event past ``step`` (all of them for None): what is left moves to a new file.
@@ -50,27 +49,46 @@ class EventFile:
         """
         self.close()
         old = sorted(self._folder.glob(PATTERN))
-        kept = [] if step is None else [record for path in old for record in _records_until(path, step)]
+        current = [] if step is None else _current(old)
+        # Equal bytes are one record: names of one second may stand in another order than the files were made.
+        kept = dict.fromkeys(record for path in current for record in _records_until(path, step or 0))
         if kept:
-            writer = self._open()
-            for record in kept:
-                writer.write(record)
-            writer.flush()
+            path = _new_file(self._folder)
+            temporary = path.with_name(f".tmp-{path.name}")
+            temporary.unlink(missing_ok=True)
+            _append_records(temporary, [_header(), *kept])
+            self._path = temporary.rename(f"{path}{_CUT}")
         for path in old:
             path.unlink()
 
     def close(self) -> None:
-        """Close the file; a later write starts another."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        """Let a later write start another file."""
+        self._path = None
+
+
+def _current(files: list[Path]) -> list[Path]:
+    # kill -9 between a cut's two halves leaves the files that the cut one replaces.
+    cut = [i for i, path in enumerate(files) if path.name.endswith(_CUT)]
+    return files[cut[-1] :] if cut else files
+
+
+def _header() -> bytes:
+    header: bytes = Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString()
+    return header
+
+
+def _append_records(path: Path, records: Iterable[bytes]) -> None:
+    with path.open("ab") as file:
+        writer = RecordWriter(file)
+        for record in records:
+            writer.write(record)
 
 
 def _new_file(folder: Path) -> Path:
     # TensorBoard reads the files of a folder in the order of their names.
     stem = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
     number = 0
-    while (path := folder / f"{stem}.{number:04d}").exists():
+    while any(folder.glob(f"{(path := folder / f'{stem}.{number:04d}').name}*")):
         number += 1
     return path
 
@@ -109,11 +127,14 @@ def png_bytes(image: Tensor) -> bytes:
 
 
 def histogram_value(tag: str, values: Tensor) -> Any:
-    """A histogram of all entries of ``values`` that are finite."""
+    """A histogram of all entries of ``values`` that are finite; an empty one where none is."""
     from torch.utils.tensorboard.summary import histogram
 
-    finite = values.detach().float().flatten().cpu()
-    return histogram(tag, finite[finite.isfinite()].numpy(), bins="tensorflow").value[0]
+    entries = values.detach().float().flatten().cpu()
+    finite = entries[entries.isfinite()]
+    if not len(finite):
+        return Summary.Value(tag=tag, histo=HistogramProto())
+    return histogram(tag, finite.numpy(), bins="tensorflow").value[0]
 
 
 def hyperparameter_values(hyperparameters: Mapping[str, Any], metrics: Iterable[str]) -> list[Any]:

@@ -14,7 +14,8 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from lightning_custom.distributed import sum_over_processes
+from lightning_custom.distributed import divide_items, process_item, sum_over_processes
+from lightning_custom.errors import NonFiniteError
 from lightning_custom.events import (
     EventFile,
     histogram_value,
@@ -25,6 +26,7 @@ from lightning_custom.events import (
 
 ROWS = "metrics.jsonl"
 STEPS_PER_SECOND = "time/steps_per_second"
+_TAGS_AT_ONCE = 64
 
 
 class MetricLogger:
@@ -65,10 +67,15 @@ class MetricLogger:
         # MPS has no float64.
         self._dtype = torch.float32 if fabric.device.type == "mps" else torch.float64
 
-    def update(self, values: Mapping[str, Tensor | float], weight: float = 1.0) -> None:
-        """Add one value to the mean of each tag, without a host sync; ``weight`` is for example a batch's size."""
+    def update(self, values: Mapping[str, Tensor | float], weight: float | None = None) -> None:
+        """Add one value to the mean of each tag, without a host sync; ``weight`` is for example a batch's size.
+
+        Without a weight every call counts alike, by all processes together as much as by one alone.
+        """
+        if weight is None:
+            weight = 1 / self._fabric.world_size
         sums = [self._open_sum(tag, weight) for tag in values]
-        tensors = [self._scalar(value) for value in values.values()]
+        tensors = [self._scalar(tag, value) for tag, value in values.items()]
         torch._foreach_add_(sums, tensors, alpha=weight)
 
     def _open_sum(self, tag: str, weight: float) -> Tensor:
@@ -78,14 +85,23 @@ class MetricLogger:
         self._weights[tag] += weight
         return self._sums[tag]
 
-    def _scalar(self, value: Tensor | float) -> Tensor:
+    def _scalar(self, tag: str, value: Tensor | float) -> Tensor:
         if isinstance(value, Tensor):
-            return value.detach() if value.dim() == 0 else value.detach().reshape(())
+            if value.numel() != 1:
+                raise ValueError(f"metrics: {tag} has shape {tuple(value.shape)}; log one number, such as its mean")
+            return value.detach().reshape(())
         return torch.tensor(value, dtype=self._dtype, device=self._fabric.device)
 
-    def flush(self, step: int) -> dict[str, float]:
-        """Write the means since the last flush as the row of ``step``, start anew, and return them everywhere."""
+    def flush(self, step: int, known: Mapping[str, float] | None = None) -> dict[str, float]:
+        """Write the means since the last flush as the row of ``step``, start anew, and return them everywhere.
+
+        ``known`` are values that go into the row as they are, equal on every process.
+        """
         means = self._reduce()
+        for tag, mean in means.items():
+            if "loss" in tag and not math.isfinite(mean):
+                raise NonFiniteError(f"{tag} is {mean}", step=step)
+        means |= known or {}
         self._sums, self._weights = {}, {}
         now = time.perf_counter()
         means[STEPS_PER_SECOND] = (step - self._step) / max(now - self._clock, 1e-9)
@@ -94,22 +110,37 @@ class MetricLogger:
         return means
 
     def _reduce(self) -> dict[str, float]:
+        """The mean of every tag over processes, by one reduction for each 64 tags."""
         tags = sorted(self._sums)
-        if not tags:
-            return {}
-        weights = torch.tensor([*(self._weights[tag] for tag in tags), _checksum(tags)], dtype=self._dtype)
-        parts = torch.stack([self._sums[tag] for tag in tags])
-        *totals, checksum = sum_over_processes(self._fabric, torch.cat([parts, weights.to(parts.device)])).tolist()
-        if checksum != self._fabric.world_size * _checksum(tags):
-            raise ValueError(f"metrics: processes updated different tags since the last flush; here {', '.join(tags)}")
-        sums, counts = totals[: len(tags)], totals[len(tags) :]
-        return {tag: total / count if count else math.nan for tag, total, count in zip(tags, sums, counts, strict=True)}
+        means: dict[str, float] = {}
+        # Parts of one fixed size: sizes that differ by process would abort the run inside the backend.
+        for start in range(0, max(len(tags), 1), _TAGS_AT_ONCE):
+            part = tags[start : start + _TAGS_AT_ONCE]
+            header, sums, weights = sum_over_processes(self._fabric, self._packed(tags, part)).tolist()
+            # The squares' mean equals the mean's square only if all processes sent the same checksum.
+            if self._fabric.world_size > 1 and self._fabric.world_size * header[1] != header[0] ** 2:
+                raise ValueError(
+                    f"metrics: processes updated different tags since the last flush; process "
+                    f"{self._fabric.global_rank} updated {', '.join(tags) or 'none'}; update the same on all"
+                )
+            means |= {tag: sums[i] / weights[i] if weights[i] else math.nan for i, tag in enumerate(part)}
+        return means
+
+    def _packed(self, tags: Sequence[str], part: Sequence[str]) -> Tensor:
+        """``[3, 64]``: a checksum of all tags and its square; the sums of ``part``; their weights."""
+        buffer = torch.zeros(3, _TAGS_AT_ONCE, dtype=self._dtype)
+        checksum = zlib.crc32("\n".join(tags).encode()) % 2**20
+        buffer[0, 0], buffer[0, 1] = checksum, checksum**2
+        buffer[2, : len(part)] = torch.tensor([self._weights[tag] for tag in part], dtype=self._dtype)
+        buffer = buffer.to(self._fabric.device)
+        if part:
+            buffer[1, : len(part)] = torch.stack([self._sums[tag] for tag in part])
+        return buffer
 
     def record(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
         """Write values that are equal on every process, as a row of ``step``; return them."""
         row = {tag: float(value) for tag, value in values.items()}
         if row:
-            self._step = max(self._step, step)
             self._write(step, row)
         return row
 
@@ -145,51 +176,36 @@ class MetricLogger:
 
     def item_state_dict(self) -> dict[str, Any]:
         """The open sums of this process."""
-        content = {"step": self._step, "sums": dict(self._sums), "weights": dict(self._weights)}
-        return {f"process-{self._fabric.global_rank:05d}": content}
+        return {process_item(self._fabric): {"sums": dict(self._sums), "weights": dict(self._weights)}}
 
     def load_item_state_dict(self, items: dict[str, Any]) -> None:
-        """Take over one's own sums; on another number of processes, process 0 takes their total."""
-        own = items.get(f"process-{self._fabric.global_rank:05d}")
-        if len(items) == self._fabric.world_size and own is not None:
-            parts = [own]
-        else:
-            parts = list(items.values()) if self._fabric.global_rank == 0 else []
+        """Take over one's own sums; on another number of processes they are dealt out."""
         self._sums, self._weights = {}, {}
         # Every process must know every tag, since a flush reduces them all.
         for tag in {tag for item in items.values() for tag in item["sums"]}:
             self._open_sum(tag, 0.0)
-        for part in parts:
-            self._step = part["step"]
+        for part in divide_items(self._fabric, items):
             for tag, total in part["sums"].items():
                 self._sums[tag] += total.to(self._fabric.device)
                 self._weights[tag] += part["weights"][tag]
 
 
-def _checksum(tags: Sequence[str]) -> int:
-    # Below 2**24, so that the sum over many processes is exact in float32 too.
-    return zlib.crc32("\n".join(tags).encode()) % 2**12
-
-
 def _cut_rows(path: Path, step: int | None) -> None:
     if not path.exists():
         return
-    kept = [] if step is None else [line for line in path.read_text().splitlines() if _is_until(line, step)]
+    kept = [] if step is None else [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
     temporary = path.with_name(f".tmp-{path.name}")
     with temporary.open("w") as file:
-        file.writelines(f"{line}\n" for line in kept)
+        file.writelines(kept)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
 
 
-def _is_until(line: str, step: int) -> bool:
-    try:
-        return int(json.loads(line)["step"]) <= step
-    except ValueError:  # kill -9 cut the last line short
-        return False
-
-
 def read_rows(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl``, in order."""
-    return [json.loads(line) for line in (Path(run_dir) / ROWS).read_text().splitlines()]
+    """The rows of ``metrics.jsonl``, in order, but for a last one that a crash cut short."""
+    return [json.loads(line) for line in _whole_lines(Path(run_dir) / ROWS)]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

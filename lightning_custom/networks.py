@@ -1,5 +1,6 @@
 """Small networks that need no batch statistics, so that the number of processes does not change their output."""
 
+import itertools
 import math
 
 import torch
@@ -117,3 +118,23 @@ def with_label(features: Tensor, label: Tensor | None, num_classes: int) -> Tens
     if label is None:
         raise ValueError(f"label: none, but the network was made for {num_classes} classes; pass labels")
     return torch.cat([features, one_hot(label, num_classes).to(features.dtype)], dim=1)
+
+
+class ConvClassifier(nn.Module):
+    """Three blocks of convolution, group normalisation and pooling: images ``[B, C, S, S]`` to logits ``[B, K]``.
+
+    S is at least 8. Group normalisation looks at one sample only, so that the number of processes changes nothing.
+    """
+
+    def __init__(self, channels: int, size: int, num_classes: int, width: int = 32) -> None:
+        super().__init__()
+        widths = (channels, width, 2 * width, 4 * width)
+        blocks: list[nn.Module] = []
+        for before, after in itertools.pairwise(widths):
+            blocks += [nn.Conv2d(before, after, 3, padding=1), nn.GroupNorm(8, after), nn.ReLU(), nn.MaxPool2d(2)]
+        self.trunk = nn.Sequential(*blocks, nn.Flatten())
+        self.head = nn.Linear(4 * width * (size // 8) ** 2, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits for images."""
+        return self.head(self.trunk(images))  # type: ignore[no-any-return]

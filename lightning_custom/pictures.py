@@ -1,5 +1,6 @@
 """Pictures of samples."""
 
+import torch
 from torch import Tensor
 
 
@@ -19,3 +20,22 @@ def image_grid(images: Tensor, columns: int, *, scale: int = 1, padding: int = 1
         top, left = padding + row * (height + padding), padding + column * (width + padding)
         grid[:, top : top + height, left : left + width] = image
     return grid
+
+
+def matrix_picture(matrix: Tensor, *, cell: int = 40) -> Tensor:
+    """A picture ``[1, H, W]`` of counts ``[K, K]``: each row shaded by its shares, the counts written in."""
+    from PIL import Image, ImageDraw
+
+    shares = matrix.double() / matrix.sum(1, keepdim=True).clamp_min(1)
+    rows, columns = matrix.shape
+    picture = Image.new("L", (columns * cell, rows * cell))
+    draw = ImageDraw.Draw(picture)
+    for i in range(rows):
+        for j in range(columns):
+            shade = round(255 * float(shares[i, j]))
+            left, top = j * cell, i * cell
+            draw.rectangle((left, top, left + cell - 2, top + cell - 2), fill=shade)
+            ink = 0 if shade > 127 else 255
+            draw.text((left + cell / 2, top + cell / 2), str(int(matrix[i, j])), fill=ink, anchor="mm")
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return pixels.view(1, rows * cell, columns * cell).float() / 255

@@ -1,6 +1,7 @@
 """Forward passes whose gradients can be differentiated again, right in every precision."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -34,8 +35,8 @@ class Bare:
         logits = discriminate(images)                        # the module's own parameters
         logits = discriminate(images, parameters=adapted)    # a mapping by name in their place
 
-    Floating-point inputs are cast where the precision is a ``true`` one; outputs in half precision come back in
-    float32, so that losses and penalties are computed there.
+    In ``bf16-true`` and ``64-true`` floating-point inputs are cast to the dtype of the module's parameters; outputs
+    in half precision come back in float32, so that losses and penalties are computed there.
     """
 
     def __init__(self, module: nn.Module, precision: Precision) -> None:
@@ -43,16 +44,22 @@ class Bare:
         self._precision = precision
         self._plain = type(precision) is Precision  # 32-true
         self._autocast = isinstance(precision, MixedPrecision)
+        # An average of weights stays in float32 under bf16-true, so the precision does not know a module's dtype.
+        self._dtype = next((part.dtype for part in module.parameters() if part.is_floating_point()), None)
 
     def __call__(self, *inputs: Any, parameters: Mapping[str, Tensor] | None = None) -> Any:
         """The module's output for ``inputs``, with ``parameters`` (by name) in place of its own if given."""
         if self._plain:
             return self._forward(inputs, parameters)
         if not self._autocast:
-            inputs = self._precision.convert_input(inputs)
-        with self._precision.forward_context():
+            inputs = apply_to_collection(inputs, Tensor, self._cast)
+        is_float32 = not self._autocast and self._dtype is torch.float32
+        with nullcontext() if is_float32 else self._precision.forward_context():
             outputs = self._forward(inputs, parameters)
         return apply_to_collection(outputs, Tensor, _at_least_float32)
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
     def _forward(self, inputs: tuple[Any, ...], parameters: Mapping[str, Tensor] | None) -> Any:
         if parameters is None:

@@ -31,8 +31,8 @@ class Progress:
             self._bar.update(step - self._bar.n)
 
     def report(self, step: int, row: Mapping[str, float]) -> None:
-        """Say the values of a row: beside the bar, or as a line."""
-        text = "  ".join(f"{tag} {value:.4g}" for tag, value in row.items())
+        """Say the values of a row, beside the bar or as a line; tags of three parts are left to TensorBoard."""
+        text = "  ".join(f"{tag} {value:.4g}" for tag, value in row.items() if tag.count("/") < 2)
         if self._bar is not None:
             self._bar.set_postfix_str("  ".join(text.split("  ")[:3]), refresh=False)
         elif self._speaks and row:

@@ -12,7 +12,7 @@ from typing import IO, Any
 import yaml
 
 from lightning_custom import storage
-from lightning_custom.config import RunConfig, recipe_name, stored_fields
+from lightning_custom.config import RunConfig, read_config, recipe_name, stored_fields
 from lightning_custom.errors import ConfigError
 
 CONFIG, STATUS, LOCK, CHECKPOINTS = "config.yaml", "status.json", ".lock", "checkpoints"
@@ -45,6 +45,10 @@ class Run:
                 f"run_dir: cannot write to {self.path} ({error.strerror}); choose another with --run_dir"
             ) from error
         self._take_lock(self._lock)
+        self._lock.truncate(0)
+        self._lock.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
+        self._lock.flush()
+        os.fsync(self._lock.fileno())  # process 0 of another node may read it over a network
         storage.sweep(self.path)
         storage.sweep(self.checkpoints)
 
@@ -56,16 +60,20 @@ class Run:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            file.seek(0)
-            owner = file.read().strip() or "an unknown process"
-            file.close()
-            self._lock = None
+            self.close()
+            owner = self.owner() or "an unknown process"
             raise ConfigError(
                 f"run_dir: {self.path} is in use by {owner}; wait for it, stop it, or choose another --run_dir"
             ) from error
-        file.truncate(0)
-        file.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
-        file.flush()
+        # A forked worker that outlives a killed parent would keep the lock.
+        os.register_at_fork(after_in_child=file.close)
+
+    def owner(self) -> str:
+        """What the lock file says of the process group that holds it; empty where there is none to read."""
+        try:
+            return (self.path / LOCK).read_text().strip()
+        except OSError:
+            return ""
 
     def close(self) -> None:
         """Free the lock; the file stays, since deleting it would free a lock that others wait for."""
@@ -76,12 +84,13 @@ class Run:
     def stored_config(self) -> dict[str, Any] | None:
         """What ``config.yaml`` holds, or None in a directory without one."""
         path = self.path / CONFIG
-        return yaml.safe_load(path.read_text()) if path.exists() else None
+        return read_config(path) if path.exists() else None
 
     def store_config(self) -> None:
         """Write ``config.yaml``: enough to start a fresh run like this one."""
         text = yaml.safe_dump(stored_fields(self._config), sort_keys=False)
         storage.write_atomically(self.path / CONFIG, text)
+        storage.fsync_folder(self.path)
 
     def write_status(self, state: str, step: int, *, signal: int | None = None, error: str | None = None) -> None:
         """Replace ``status.json``; ``state`` is running, stopped, complete or failed."""

@@ -6,7 +6,7 @@ A state is a dataclass whose fields are modules, optimizers, tensors, generators
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -50,6 +50,11 @@ def components(state: Any) -> dict[str, Any]:
         for field in dataclasses.fields(state)
         for name, value in _parts(field.name, getattr(state, field.name))
     }
+
+
+def modules(state: Any) -> dict[str, nn.Module]:
+    """The modules among the parts of ``state``."""
+    return {name: part for name, part in components(state).items() if isinstance(part, nn.Module)}
 
 
 def _parts(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -123,22 +128,29 @@ def to_plain(value: Any, name: str) -> Any:
     )
 
 
-def mismatches(state: Any, stored: Mapping[str, Any]) -> list[str]:
-    """Why ``stored`` does not fit ``state``: keys, shapes and dtypes, a line each; empty where it fits."""
-    problems: list[str] = []
-    live = capture(state)
-    for name in sorted(live.keys() - stored.keys()):
-        problems.append(f"{name} is missing from the checkpoint")
-    for name in sorted(stored.keys() - live.keys()):
-        problems.append(f"{name} is not in the state")
-    parts = components(state)
+def mismatches(state: Any, stored: Mapping[str, Any], items: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Why a checkpoint does not fit ``state``: keys, shapes and dtypes, a line each; empty where it fits."""
+    parts, live = components(state), capture(state)
+    with_items = {name for name, part in parts.items() if isinstance(part, ItemState)}
+    problems = _key_mismatches(live.keys(), stored.keys()) + _key_mismatches(with_items, items.keys())
     for name in sorted(live.keys() & stored.keys()):
         part = parts.get(name)
         if isinstance(part, Optimizer):
             problems += _optimizer_mismatches(name, live[name], stored[name])
+        elif isinstance(part, dict) and isinstance(stored[name], dict):
+            # Replaced as a whole, so that entries may come and go.
+            for key in part.keys() & stored[name].keys():
+                problems += _structure_mismatches(f"{name}.{key}", live[name][key], stored[name][key])
         else:
             problems += _structure_mismatches(name, live[name], stored[name])
     return problems
+
+
+def _key_mismatches(live: Set[str], stored: Set[str]) -> list[str]:
+    return [
+        *(f"{name} is missing from the checkpoint" for name in sorted(live - stored)),
+        *(f"{name} is not in the state" for name in sorted(stored - live)),
+    ]
 
 
 def _structure_mismatches(name: str, live: Any, stored: Any) -> list[str]:
@@ -203,14 +215,32 @@ def _restore_plain_(state: Any, name: str, live: Any, value: Any) -> None:
         with torch.no_grad():
             live.copy_(value)
         return
-    *path, last = name.split(".")
-    holder = state
-    for key in path:
-        holder = getattr(holder, key) if holder is state else holder[int(key) if isinstance(holder, list) else key]
-    if holder is state:
-        object.__setattr__(state, last, value)
+    value = _placed_like(live, value)
+    field, _, path = name.partition(".")
+    if path:
+        _replace_entry_(getattr(state, field), path, value)
     else:
-        holder[int(last) if isinstance(holder, list) else last] = value
+        object.__setattr__(state, field, value)
+
+
+def _replace_entry_(holder: Any, path: str, value: Any) -> None:
+    for key in list(holder) if isinstance(holder, dict) else range(len(holder)):
+        if path == str(key):
+            holder[key] = value
+        elif path.startswith(f"{key}."):
+            _replace_entry_(holder[key], path.removeprefix(f"{key}."), value)
+
+
+def _placed_like(live: Any, value: Any) -> Any:
+    """``value`` with each tensor on the device of the one at the same place in ``live``."""
+    if isinstance(value, Tensor):
+        return value.to(live.device) if isinstance(live, Tensor) else value
+    if isinstance(value, dict) and isinstance(live, dict):
+        return {key: _placed_like(live.get(key), entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)) and isinstance(live, (list, tuple)):
+        lives = [*live, *[None] * len(value)]
+        return type(value)(_placed_like(one, entry) for one, entry in zip(lives, value, strict=False))
+    return value
 
 
 def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:

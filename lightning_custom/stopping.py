@@ -1,6 +1,5 @@
 """Stop when a signal, a time limit or a step says so: at the same step on every process."""
 
-import os
 import signal
 import threading
 import time
@@ -25,8 +24,9 @@ class Stopper:
     """Turns the first stop signal into a request that all processes see after the same step.
 
     With several processes each step starts a reduction of the flag over a CPU group and the next step reads it,
-    so that nothing waits for the device; with one process the flag is read. A second signal acts as if nobody
-    had installed a handler. Handlers are installed in the main thread only, and restored by :meth:`close`.
+    so that nothing waits for the device; with one process the flag is read. The first signal puts the handlers of
+    before back, so that a second ends the process at once, even inside a long call of C code. Handlers are installed
+    in the main thread only, and restored by :meth:`close` at the latest.
     """
 
     def __init__(self, fabric: Fabric, max_seconds: float | None = None) -> None:
@@ -42,11 +42,8 @@ class Stopper:
                 self._previous[number] = signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._received:
-            self._restore_handlers()
-            os.kill(os.getpid(), number)
-            return
         self._received = number
+        self._restore_handlers()
 
     def poll(self) -> int:
         """Read what processes agreed on at the last step and start agreeing anew; call once a step, on all."""

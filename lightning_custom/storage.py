@@ -4,8 +4,8 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +17,7 @@ from lightning_custom.errors import CheckpointError
 MANIFEST = "manifest.json"
 FORMAT = 1
 _TEMPORARY = ".tmp-"
+_REPLACED = f"{_TEMPORARY}replaced-"
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -31,15 +32,19 @@ def temporary_folder(root: Path, step: int) -> Path:
 
 def saved_steps(root: Path) -> list[int]:
     """The steps of the checkpoints under ``root``, oldest first."""
-    folders = root.glob("step-*") if root.is_dir() else ()
-    return sorted(int(folder.name[5:]) for folder in folders if folder.name[5:].isdigit())
+    names = [path.name for path in root.glob("step-*")] if root.is_dir() else []
+    return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-(\d{8}|[1-9]\d{8,})", name))
 
 
 def write_tensors(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Write ``content`` to ``path`` and on to the disk; return its size and checksum."""
     with path.open("wb") as file:
         hashed = _HashedWriter(file)
-        torch.save(content, hashed)  # type: ignore[arg-type]  # write and flush are all that it calls
+        try:
+            torch.save(content, hashed)  # type: ignore[arg-type]  # write and flush are all that it calls
+        except RuntimeError as error:
+            # torch wraps a full disk in a line about its own source.
+            raise hashed.failure or error from None
         file.flush()
         os.fsync(file.fileno())
     return {"size": hashed.size, "sha256": hashed.digest.hexdigest()}
@@ -50,12 +55,17 @@ class _HashedWriter:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.digest, self.size, self._file = hashlib.sha256(), 0, file
+        self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
         data = memoryview(data).cast("B")
         self.digest.update(data)
         self.size += len(data)
-        self._file.write(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
         return len(data)
 
     def flush(self) -> None:
@@ -65,13 +75,25 @@ class _HashedWriter:
 def publish(root: Path, step: int, manifest: dict[str, Any]) -> None:
     """Write the manifest, last, into the temporary folder of ``step``; rename the folder; read it all back."""
     temporary, final = temporary_folder(root, step), step_folder(root, step)
-    write_atomically(temporary / MANIFEST, json.dumps({"format": FORMAT, "step": step, **manifest}, indent=1))
+    content = {"format": FORMAT, "step": step, **manifest}
+    text = json.dumps({"sha256": _manifest_checksum(content), **content}, indent=1)
+    write_atomically(temporary / MANIFEST, text)
     fsync_folder(temporary)
+    replaced = root / f"{_REPLACED}{final.name}"
     if final.exists():
-        discard(final)
+        final.rename(replaced)  # sweep puts it back if the next line is never reached
     temporary.rename(final)
     fsync_folder(root)
-    verify(final)
+    try:
+        verify(final)
+    except CheckpointError:
+        set_aside(final)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _manifest_checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -85,6 +107,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: unreadable ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a manifest of format {FORMAT}")
+    if manifest.pop("sha256", None) != _manifest_checksum(manifest):
+        raise CheckpointError(f"{path}: checksum differs from its content")
     return manifest
 
 
@@ -145,17 +169,17 @@ def set_aside(folder: Path) -> Path:
 
 
 def sweep(root: Path) -> None:
-    """Delete what an interrupted save left behind; only for the process that holds the run's lock."""
-    for path in list(_temporary_paths(root)):
+    """Undo what an interrupted save left behind; only for the process that holds the run's lock."""
+    for replaced in root.glob(f"{_REPLACED}*"):
+        final = root / replaced.name.removeprefix(_REPLACED)
+        if not final.exists():
+            replaced.rename(final)
+    for path in root.glob(f"{_TEMPORARY}*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             with suppress(FileNotFoundError):
                 path.unlink()
-
-
-def _temporary_paths(root: Path) -> Iterator[Path]:
-    return root.glob(f"{_TEMPORARY}*") if root.is_dir() else iter(())
 
 
 def write_atomically(path: Path, text: str) -> None:

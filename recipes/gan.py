@@ -38,7 +38,7 @@ from lightning_custom.extractor import fit_extractor
 from lightning_custom.generation import GenerationScores
 from lightning_custom.launch import launch
 from lightning_custom.loop import due, seed_step
-from lightning_custom.metrics import MetricLogger
+from lightning_custom.metrics import STEPS_PER_SECOND, MetricLogger
 from lightning_custom.networks import ConvDiscriminator, ConvGenerator, MLPDiscriminator, MLPGenerator
 from lightning_custom.pictures import image_grid
 from lightning_custom.precision import bare
@@ -159,7 +159,7 @@ def train(
 
             for d_step in range(config.d_steps):
                 # Discriminator: raise D(real), lower D(fake), keep its gradient at both small.
-                real, *label = images_and_labels(next(batches), config)
+                real, *label = images_and_labels(next(batches), config, fabric)
                 latent = take_share(torch.randn(config.batch_size, config.latent_size, generator=rng.shared), fabric)
                 with torch.set_grad_enabled(d_step == config.d_steps - 1):  # the last fakes serve the generator too
                     fake = generate(latent, *label)
@@ -203,34 +203,43 @@ def train(
     return state
 
 
-def images_and_labels(batch: Any, config: GANConfig) -> tuple[Tensor, ...]:
+def images_and_labels(batch: Any, config: GANConfig, fabric: Fabric) -> tuple[Tensor, ...]:
     """The image, and the label where the networks are conditional, out of a batch."""
+    parts = (batch,) if isinstance(batch, Tensor) else tuple(batch)
+    # Of another size, real and fake logits could not be told apart by halves.
+    if len(parts[0]) * fabric.world_size != config.batch_size:
+        raise ConfigError(
+            f"batch_size: {config.batch_size} over {fabric.world_size} processes, but the dataset yields batches of "
+            f"{len(parts[0])}; set it to the size of all processes' batches, and drop a last smaller one"
+        )
     if config.num_classes == 0:
-        return (batch if isinstance(batch, Tensor) else batch[0],)
-    if isinstance(batch, Tensor) or len(batch) < 2:
-        raise ConfigError("num_classes: the dataset has no labels; set --num_classes 0")
-    return batch[0], batch[1]
+        return parts[:1]
+    if len(parts) < 2:
+        raise ConfigError(f"num_classes: {config.num_classes}, but the dataset has no labels; set it to 0")
+    return parts[:2]
 
 
 def validate(fabric: Fabric, config: GANConfig, state: GANState, scores: Scores | None) -> dict[str, float]:
-    """Show fixed latents, a column a class, and score the average's samples."""
-    sample = sampler(fabric, config, state.average.module)
+    """Show fixed latents, a column a class, where samples are pictures, and score the average's samples."""
+    sample = sampler(config, state.average.module, fabric.device)
     columns = config.num_classes or 10
     latents = torch.randn(8 * columns, config.latent_size, generator=torch.Generator().manual_seed(config.seed))
     images = sample(latents, torch.arange(len(latents)) % columns)
-    state.metrics.image(state.step, "samples", image_grid((images + 1) / 2, columns, scale=32 // images.shape[-1] or 1))
+    if images.dim() == 4 and images.shape[1] in (1, 3):
+        grid = image_grid((images + 1) / 2, columns, scale=max(1, 32 // images.shape[-1]))
+        state.metrics.image(state.step, "samples", grid)
     return {} if scores is None else scores(sample)
 
 
-def sampler(fabric: Fabric, config: GANConfig, generator: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """``(latents [N, Z], labels [N]) -> images [N, C, H, W]`` in [-1, 1], without gradients."""
-    generate = bare(fabric, generator)
+def sampler(config: GANConfig, generator: nn.Module, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """``(latents [N, Z], labels [N]) -> images [N, C, H, W]`` in [-1, 1], in ``generator``'s own precision."""
+    dtype = next(generator.parameters()).dtype
 
     def sample(latents: Tensor, labels: Tensor) -> Tensor:
-        inputs = (latents, labels) if config.num_classes else (latents,)
-        parts = zip(*(fabric.to_device(part).split(500) for part in inputs), strict=True)
+        inputs = (latents.to(dtype), labels) if config.num_classes else (latents.to(dtype),)
+        parts = zip(*(part.to(device).split(500) for part in inputs), strict=True)
         with torch.no_grad():
-            return torch.cat([generate(*part).float() for part in parts])
+            return torch.cat([generator(*part).float() for part in parts])
 
     return sample
 
@@ -290,12 +299,15 @@ def networks(config: GANConfig, data: Images) -> tuple[nn.Module, nn.Module]:
 def summary(config: GANConfig, state: GANState, preparing: float, training: float) -> None:
     """Print what a finished run reached, where it is, and how to look at it."""
     scores = state.metrics.latest
+    if not scores:
+        print(f"run: {config.run_dir} was complete already, at step {state.step}; a larger --steps goes on")
+        return
     print(
         f"\nFID {scores['val/fid']:.3f} (one real half against the other: {scores['val/fid_floor']:.3f})\n"
         f"KID {scores['val/kid']:.4f}   coverage {scores['val/coverage']:.3f}\n"
         f"classes {scores['val/classes']:.0f} of {config.num_classes}   "
         f"recognised as asked {scores['val/confident_as_asked']:.1%}\n"
-        f"{config.steps * config.batch_size / training:,.0f} images/s   {training:.1f} s training, "
+        f"{scores[STEPS_PER_SECOND] * config.batch_size:,.0f} images/s   {training:.1f} s training, "
         f"{preparing:.1f} s for data and feature extractor\n"
         f"run: {config.run_dir}\n"
         f"look: tensorboard --logdir {config.run_dir}\n"
@@ -325,16 +337,20 @@ def sample(request: SampleConfig) -> None:
     if request.count < 1:
         raise ConfigError(f"count: {request.count}; draw at least 1")
     path = Path(request.run_dir) / "config.yaml"
+    if not path.exists():
+        raise ConfigError(f"run_dir: {request.run_dir} holds no run; check the path")
     config = GANConfig(**read_config(path))
     average = load_module(request.run_dir, "average", which=request.which)
     generator, _ = networks(config, load_data(config))
     generator.load_state_dict(average)
     columns = config.num_classes or math.ceil(math.sqrt(request.count))
     latents = torch.randn(request.count, config.latent_size, generator=torch.Generator().manual_seed(request.seed))
-    fabric = Fabric(accelerator="cpu", devices=1)
-    images = sampler(fabric, config, generator)(latents, torch.arange(request.count) % columns)
+    images = sampler(config, generator, torch.device("cpu"))(latents, torch.arange(request.count) % columns)
     grid = image_grid((images + 1) / 2, columns, scale=max(1, 32 // images.shape[-1]))
-    Path(request.out).write_bytes(png_bytes(grid))
+    try:
+        Path(request.out).write_bytes(png_bytes(grid))
+    except OSError as error:
+        raise ConfigError(f"out: cannot write {request.out} ({error.strerror}); choose another with --out") from error
     print(f"{request.count} samples: {request.out}")
 
 

@@ -1,0 +1,375 @@
+"""The plain loop: batches, forward, loss, backward, step, metrics, validation, best checkpoint, schedule.
+
+Read this one first; the other recipes have the same shell around another order of operations.
+
+    python -m recipes.classification                                  # digits, seconds
+    python -m recipes.classification --preset fashion-mnist --data_root DIR
+    python -m recipes.classification --devices 2 --strategy ddp       # or auto, fsdp, torchrun, fabric run
+
+`--compile true` compiles the model's forward and backward pass.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
+
+from lightning_custom import schedules
+from lightning_custom.augmentation import shift_and_flip
+from lightning_custom.checkpoint import Checkpointer, load_module
+from lightning_custom.cli import command_line
+from lightning_custom.config import RunConfig, with_run_dir
+from lightning_custom.confusion import ConfusionMatrix
+from lightning_custom.data import Batches, evaluation_batches
+from lightning_custom.datasets import Images, load_images, split
+from lightning_custom.distributed import mean_gradients_, sum_over_processes
+from lightning_custom.errors import ConfigError
+from lightning_custom.functional import mixup
+from lightning_custom.gradients import sam_ascent
+from lightning_custom.launch import launch
+from lightning_custom.loop import due, seed_step
+from lightning_custom.metrics import MetricLogger
+from lightning_custom.networks import ConvClassifier
+from lightning_custom.pictures import matrix_picture
+from lightning_custom.precision import Bare, unwrap
+from lightning_custom.progress import Progress
+from lightning_custom.watch import Watch
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""``(logits [B, K], targets [B] or [B, K]) -> mean over the batch``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationConfig(RunConfig):
+    """Settings of :func:`train`, and of the data and network that :func:`main` builds."""
+
+    steps: int = 800
+    """Optimizer updates."""
+    validate_every: int = 100
+    """Steps between two validations; 0: only at the end."""
+    checkpoint_every: int = 100
+    """Steps between two checkpoints; 0: only at the end or when stopped."""
+    log_every: int = 50
+    """Steps between two rows of metrics."""
+    best: str = "val/accuracy"
+    """Score by which the best checkpoint is chosen."""
+    best_mode: Literal["min", "max"] = "max"
+    """Whether the best score is the smallest or the largest."""
+    patience: int = 0
+    """Validations without a new best score after which the run is complete; 0: never."""
+    batch_size: int = 64
+    """Samples of an update, over all processes."""
+    accumulate: int = 1
+    """Parts that a process cuts its batch into, one backward pass each, to save memory."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Optimizer; sgd has momentum 0.9."""
+    lr: float = 3e-3
+    """Highest learning rate."""
+    weight_decay: float = 0.01
+    """Weight decay of the optimizer."""
+    schedule: Literal["constant", "cosine", "one_cycle"] = "one_cycle"
+    """Learning rate over the run; cosine is preceded by warmup_steps."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up before cosine or constant."""
+    decay_steps: int | None = None
+    """Length of the schedule; none: steps, which a resumed run can then not change."""
+    label_smoothing: float = 0.0
+    """Probability mass spread over all classes in the training loss."""
+    mixup: float = 0.0
+    """Alpha of mixup; 0: none."""
+    sam: float = 0.0
+    """Radius rho of sharpness-aware minimisation (two passes a step); 0: none."""
+    clip_norm: float = 0.0
+    """Largest norm of the whole gradient; 0: no clipping."""
+    average: Literal["none", "ema", "swa"] = "none"
+    """Average of the weights that is validated instead of them: exponential, or equal from average_start on."""
+    average_decay: float = 0.99
+    """What an exponential average keeps of itself at each update."""
+    average_start: int = 0
+    """Step from which on weights are averaged."""
+    shift: int = 1
+    """Training images are shifted by up to this many pixels."""
+    flip: bool = False
+    """Mirror half of the training images."""
+    width: int = 32
+    """Channels of the network's first layer."""
+    watch_every: int = 0
+    """Steps between two looks inside the network; 0: never."""
+    num_workers: int = 0
+    """Processes that load data, for data sets that are not in memory."""
+    compile: bool = False
+    """Compile the model."""
+    data: Literal["digits", "fashion-mnist", "mnist", "cifar10"] = "digits"
+    """Data set: digits comes with scikit-learn, the others are read from data_root."""
+    data_root: str | None = None
+    """Directory in torchvision's layout (FashionMNIST/raw, MNIST/raw, cifar-10-batches-py)."""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {},
+    "fashion-mnist": {
+        "data": "fashion-mnist", "steps": 4700, "batch_size": 128, "validate_every": 470, "checkpoint_every": 470,
+        "log_every": 47, "flip": True,
+    },
+}  # fmt: skip
+
+
+@dataclass
+class ClassificationState:
+    """What changes while training; a checkpoint is exactly these fields."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    average: AveragedModel | None
+    batches: Batches
+    confusion: ConfusionMatrix
+    metrics: MetricLogger
+    best: float | None = None
+    """Best validation score so far."""
+    stale: int = 0
+    """Validations since it."""
+    step: int = 0
+    """Optimizer updates done."""
+
+
+def train(
+    fabric: Fabric,
+    config: ClassificationConfig,
+    *,
+    model: nn.Module,
+    train_data: Any,
+    val_data: Any,
+    num_classes: int,
+    loss: Loss | None = None,
+    optimizer: Callable[[Any], Optimizer] | None = None,
+) -> ClassificationState:
+    """Train ``model(inputs) -> logits [B, K]`` on (input, label) pairs, or on an iterable of batches of them.
+
+    ``loss`` is a mean over its batch, cross-entropy by default; ``optimizer`` makes an optimizer from parameters, and
+    is for example a class. ``val_data`` is map-style.
+    """
+    config, schedule = with_run_dir(fabric, config), learning_rate(config)
+    loss = loss or partial(cross_entropy, label_smoothing=config.label_smoothing)
+    if config.compile:
+        model.compile()
+    make_optimizer = optimizer or default_optimizer(config)
+    model, optimizer_ = fabric.setup(model, make_optimizer(model.parameters()))
+    state = ClassificationState(
+        model=model,
+        optimizer=optimizer_,
+        average=weight_average(config, model),
+        batches=Batches(
+            fabric, train_data, batch_size=config.batch_size, seed=config.seed, num_workers=config.num_workers
+        ),
+        confusion=ConfusionMatrix(num_classes, fabric),
+        metrics=MetricLogger(fabric, config.run_dir, hyperparameters=config, headline=["val/accuracy", "val/loss"]),
+    )
+    watch = Watch(model, every=config.watch_every)
+    fixed = config.decay_steps is None and config.schedule != "constant"
+
+    with (
+        Checkpointer(fabric, config, best=config.best, mode=config.best_mode, steps_fixed=fixed) as checkpointer,
+        Progress(fabric, config.steps) as progress,
+    ):
+        checkpointer.restore(state)
+
+        while state.step < config.steps and not out_of_patience(config, state):
+            rng = seed_step(config.seed, state.step, fabric)
+            schedules.set_learning_rate(optimizer_, schedule, state.step)
+            watch.begin(state.step + 1)
+
+            # Gradient of the loss, averaged over the parts of the batch and over processes.
+            inputs, labels = next(state.batches)
+            inputs, targets = augment(fabric, config, inputs, labels, num_classes, rng.shared)
+            mean_loss, logits = backward(fabric, state, loss, inputs, targets, config.accumulate)
+            if config.sam:
+                # The gradient that counts is that of the worst weights nearby (Foret et al. 2021, eq. 2 and 3).
+                with sam_ascent(model.parameters(), config.sam):
+                    backward(fabric, state, loss, inputs, targets, config.accumulate)
+            if config.clip_norm:
+                fabric.clip_gradients(model, optimizer_, max_norm=config.clip_norm, error_if_nonfinite=False)
+            optimizer_.step()
+            if state.average is not None and state.step >= config.average_start:
+                state.average.update_parameters(unwrap(model))
+
+            state.step += 1
+            watch.end(state.metrics)
+            state.confusion.update(logits, labels)
+            state.metrics.update({"train/loss": mean_loss})
+            progress.show(state.step)
+            if due(state.step, config.log_every, last=config.steps):
+                known = {"lr": schedule(state.step - 1), **training_scores(state)}
+                progress.report(state.step, state.metrics.flush(state.step, known))
+            validation: dict[str, float] = {}
+            if due(state.step, config.validate_every, last=config.steps):
+                validation = validate(fabric, config, state, val_data, loss)
+                progress.report(state.step, state.metrics.record(state.step, validation))
+            if checkpointer.due(state.step) or checkpointer.is_best(validation) or out_of_patience(config, state):
+                checkpointer.save(state, validation)
+            if checkpointer.stop_requested:
+                break
+    return state
+
+
+def backward(
+    fabric: Fabric, state: ClassificationState, loss: Loss, inputs: Tensor, targets: Tensor, parts: int
+) -> tuple[Tensor, Tensor]:
+    """Leave the batch's mean gradient in the model; return the mean loss and the logits ``[B, K]``."""
+    state.optimizer.zero_grad()
+    losses, logits = [], []
+    for part, part_targets in zip(inputs.chunk(parts), targets.chunk(parts), strict=True):
+        logits.append(state.model(part))
+        # By size, so that the last part may be smaller.
+        losses.append(loss(logits[-1], part_targets) * (len(part) / len(inputs)))
+        fabric.backward(losses[-1])
+    mean_gradients_(fabric, state.model)
+    return torch.stack(losses).sum().detach(), torch.cat(logits).detach()
+
+
+def augment(
+    fabric: Fabric, config: ClassificationConfig, inputs: Tensor, labels: Tensor, num_classes: int, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Inputs shifted, mirrored and mixed, with their targets."""
+    if inputs.dim() == 4 and (config.shift or config.flip):
+        inputs = shift_and_flip(fabric, inputs, shift=config.shift, flip=config.flip, background=-1.0, generator=rng)
+    if config.mixup:
+        return mixup(inputs, labels, num_classes, alpha=config.mixup, generator=rng)
+    return inputs, labels
+
+
+def default_optimizer(config: ClassificationConfig) -> Callable[[Any], Optimizer]:
+    """The optimizer that the config names."""
+    if config.optimizer == "sgd":
+        return lambda parameters: SGD(parameters, config.lr, momentum=0.9, weight_decay=config.weight_decay)
+    return lambda parameters: AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+
+
+def learning_rate(config: ClassificationConfig) -> schedules.Schedule:
+    """The learning rate that the config names, as a function of the step."""
+    length = config.decay_steps or config.steps
+    if config.schedule == "one_cycle":
+        return schedules.OneCycle(config.lr, length)
+    rest: schedules.Schedule = schedules.Constant(config.lr)
+    if config.schedule == "cosine":
+        rest = schedules.Cosine(config.lr, max(length - config.warmup_steps, 1))
+    return schedules.with_warmup(rest, config.warmup_steps) if config.warmup_steps else rest
+
+
+def weight_average(config: ClassificationConfig, model: nn.Module) -> AveragedModel | None:
+    """The average of the weights that the config names; buffers are averaged, or copied, alike."""
+    if config.average == "none":
+        return None
+    function = get_swa_multi_avg_fn() if config.average == "swa" else get_ema_multi_avg_fn(config.average_decay)
+    return AveragedModel(unwrap(model), multi_avg_fn=function, use_buffers=True)
+
+
+def training_scores(state: ClassificationState) -> dict[str, float]:
+    """Scores over the batches since the last flush, and a fresh start."""
+    scores = state.confusion.compute().scores("train/")
+    state.confusion.reset()
+    return scores
+
+
+def validate(
+    fabric: Fabric, config: ClassificationConfig, state: ClassificationState, data: Any, loss: Loss
+) -> dict[str, float]:
+    """Score the model, or its average, on ``data``, and count validations since the best."""
+    scores, counts = evaluate(fabric, config, state, data, loss, "val/")
+    state.metrics.image(state.step, "val/confusion", matrix_picture(counts))
+    if config.best not in scores:
+        raise ConfigError(f"best: {config.best!r} is not a score of the validation; there are {', '.join(scores)}")
+    value = scores[config.best]
+    better = state.best is None or (value < state.best if config.best_mode == "min" else value > state.best)
+    state.best, state.stale = (value, 0) if better else (state.best, state.stale + 1)
+    return scores
+
+
+@torch.no_grad()
+def evaluate(
+    fabric: Fabric, config: ClassificationConfig, state: ClassificationState, data: Any, loss: Loss, prefix: str
+) -> tuple[dict[str, float], Tensor]:
+    """Scores over every sample of ``data`` once, on all processes together, and the confusion counts ``[K, K]``."""
+    model: Any = state.model
+    if state.average is not None and state.step > config.average_start:
+        model = Bare(state.average.module, fabric.strategy.precision)
+    confusion = ConfusionMatrix(state.confusion.num_classes, fabric)
+    total = torch.zeros(2, dtype=torch.float64)
+    unwrap(state.model).eval()
+    for inputs, labels in evaluation_batches(fabric, data, batch_size=500):
+        logits = model(inputs)
+        confusion.update(logits, labels)
+        total += torch.tensor([float(loss(logits, labels)) * len(labels), len(labels)])
+    unwrap(state.model).train()
+    loss_sum, count = sum_over_processes(fabric, total.to(fabric.device)).tolist()
+    result = confusion.compute()
+    return {f"{prefix}loss": loss_sum / count, **result.scores(prefix)}, result.counts
+
+
+def out_of_patience(config: ClassificationConfig, state: ClassificationState) -> bool:
+    """Whether too many validations have brought nothing better."""
+    return 0 < config.patience <= state.stale
+
+
+def main(config: ClassificationConfig) -> str:
+    """Train on a real data set, test the best checkpoint once, and print what came out."""
+    fabric = launch(config)
+    config = with_run_dir(fabric, config)
+    train_data, val_data, test_data = load_data(config)
+    torch.manual_seed(config.seed)
+    channels, size = train_data.images.shape[1], train_data.images.shape[2]
+    model = ConvClassifier(channels, size, train_data.num_classes, config.width)
+    started = time.perf_counter()
+    state = train(
+        fabric,
+        config,
+        model=model,
+        train_data=train_data.dataset(),
+        val_data=val_data.dataset(),
+        num_classes=train_data.num_classes,
+    )
+    if state.step == config.steps or out_of_patience(config, state):
+        summary(fabric, config, state, test_data, time.perf_counter() - started)
+    return str(config.run_dir)
+
+
+def load_data(config: ClassificationConfig) -> tuple[Images, Images, Images]:
+    """Parts to train on, to validate on, and to test on; of digits a fixed fifth is the test."""
+    data = load_images(config.data, config.data_root)
+    if config.data == "digits":
+        data, test = split(data, 0.2)
+    else:
+        test = load_images(config.data, config.data_root, train=False)
+    train_part, val = split(data, 0.1, seed=1)
+    return train_part, val, test
+
+
+def summary(
+    fabric: Fabric, config: ClassificationConfig, state: ClassificationState, test_data: Images, seconds: float
+) -> None:
+    """Test the best checkpoint and print the result, where the run is, and how to look at it."""
+    part = "model" if state.average is None else "average"
+    best = load_module(str(config.run_dir), part)
+    (unwrap(state.model) if state.average is None else state.average).load_state_dict(best)
+    scores, _ = evaluate(fabric, config, state, test_data.dataset(), cross_entropy, "test/")
+    if fabric.global_rank == 0:
+        print(
+            f"\ntest accuracy {scores['test/accuracy']:.2%}   F1 {scores['test/f1']:.4f}   "
+            f"loss {scores['test/loss']:.4f}   (best checkpoint by {config.best}: {state.best:.4f})\n"
+            f"{config.steps * config.batch_size / seconds:,.0f} images/s   {seconds:.1f} s\n"
+            f"run: {config.run_dir}\n"
+            f"look: tensorboard --logdir {config.run_dir}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(ClassificationConfig, main, presets=PRESETS, description=__doc__))

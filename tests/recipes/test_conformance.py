@@ -1,0 +1,289 @@
+"""What every recipe and every variant of it holds: resume to the bit, any number of processes, every precision."""
+
+import dataclasses
+import importlib
+import json
+import os
+import signal
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from lightning_custom.checkpoint import Checkpointer
+from lightning_custom.loop import StepRandom
+from lightning_custom.metrics import read_rows
+from lightning_custom.precision import unwrap
+from lightning_custom.state import capture, components
+from lightning_custom.storage import saved_steps
+from lightning_custom.testing import (
+    assert_resumes_exactly,
+    first_difference,
+    in_processes,
+    largest_difference,
+    single_process,
+)
+from tests.recipes.cases import CASES
+
+VARIANTS = {f"{case.name}-{name}": (case, config) for case in CASES for name, config in case.configs().items()}
+BETWEEN_FLUSHES = 11
+
+
+def every_case(function):
+    return pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])(function)
+
+
+def every_variant(function):
+    return pytest.mark.parametrize("name", VARIANTS)(function)
+
+
+def case_named(name):
+    return next(case for case in CASES if case.name == name)
+
+
+# One process
+
+
+@every_variant
+def test_resumed_run_equals_straight_run(name, tmp_path):
+    case, config = VARIANTS[name]
+    assert_resumes_exactly(case.run, config, stop_at=BETWEEN_FLUSHES, folder=tmp_path)
+
+
+@every_case
+def test_a_run_resumes_from_every_step(case, tmp_path):
+    config = dataclasses.replace(case.config, steps=9, validate_every=3, checkpoint_every=4)
+    for step in range(1, 9):
+        assert_resumes_exactly(case.run, config, stop_at=step, folder=tmp_path / str(step))
+
+
+@every_case
+def test_a_run_stopped_at_every_step_equals_straight_run(case, tmp_path):
+    config = dataclasses.replace(case.config, steps=9, validate_every=3, run_dir=str(tmp_path / "straight"))
+    straight = case.run(single_process(), config)
+    stopped = dataclasses.replace(config, run_dir=str(tmp_path / "stopped"))
+    for step in range(1, 10):
+        state = case.run(single_process(), dataclasses.replace(stopped, stop_at=step))
+        assert state.step == step
+    assert first_difference(capture(straight), capture(state)) is None
+
+
+@every_case
+def test_resume_is_not_exact_where_randomness_has_a_history(case, tmp_path):
+    history = torch.Generator().manual_seed(0)
+    with (
+        patch(f"{case.module}.seed_step", lambda *_: StepRandom(shared=history, local=history)),
+        pytest.raises(AssertionError, match="differs by up to"),
+    ):
+        assert_resumes_exactly(case.run, case.config, stop_at=BETWEEN_FLUSHES, folder=tmp_path)
+
+
+# The bound on the first step's losses is what rounding the weights to 8 bits may cost, relative to those of 32-true.
+PRECISIONS = {
+    "32-true": (0.0, torch.float32),
+    "bf16-mixed": (2e-2, torch.float32),
+    "bf16-true": (2e-2, torch.bfloat16),
+    "64-true": (1e-5, torch.float64),
+}
+
+
+def losses(run_dir):
+    return {tag: value for tag, value in read_rows(run_dir)[0].items() if tag.startswith(("loss/", "train/loss"))}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@every_case
+def test_every_precision_resumes_exactly_and_begins_with_the_losses_of_32_true(case, precision, tmp_path):
+    bound, dtype = PRECISIONS[precision]
+    config = dataclasses.replace(case.config, precision=precision, steps=12, log_every=1)
+    assert_resumes_exactly(case.run, config, stop_at=5, folder=tmp_path, precision=precision)
+
+    one_step = dataclasses.replace(config, steps=1, run_dir=str(tmp_path / "32-true"))
+    state = case.run(single_process(), one_step)
+    expected = losses(tmp_path / "32-true")
+    assert expected
+    assert losses(tmp_path / "straight") == pytest.approx(expected, rel=bound, abs=bound / 10)
+
+    state = case.run(single_process(precision), dataclasses.replace(one_step, run_dir=str(tmp_path / "one")))
+    assert {parameter.dtype for module in modules(state) for parameter in module.parameters()} == {dtype}
+
+
+# Two processes: one start of them for each precision serves all tests
+
+
+def modules(state):
+    return [unwrap(part) for part in components(state).values() if isinstance(part, torch.nn.Module)]
+
+
+def gradients(state):
+    """The gradients that the last step left, a vector for each module."""
+    return [
+        torch.cat([parameter.grad.flatten() for parameter in module.parameters() if parameter.grad is not None])
+        for module in modules(state)
+    ]
+
+
+def run_all(fabric, names, folder, **changes):
+    """The state that each variant ends with."""
+    found = {}
+    for name in names:
+        case, config = VARIANTS[name]
+        config = dataclasses.replace(config, run_dir=str(Path(folder) / name), **changes)
+        found[name] = capture(case.run(fabric, config))
+    return found
+
+
+def run_without_averaging(fabric, folder):
+    found = {}
+    for case in CASES:
+        config = dataclasses.replace(case.config, run_dir=str(Path(folder) / f"{case.name}-unaveraged"))
+        with patch.object(importlib.import_module(case.module), "mean_gradients_", lambda *_: None):
+            found[case.name] = capture(case.run(fabric, config))
+    return found
+
+
+def first_gradients(fabric, names, folder):
+    found = {}
+    for name in names:
+        case, config = VARIANTS[name]
+        config = dataclasses.replace(config, steps=1, run_dir=str(Path(folder) / f"{name}-first"))
+        found[name] = gradients(case.run(fabric, config))
+    return found
+
+
+def run_part_way(fabric, folder, stop_at):
+    for case in CASES:
+        config = dataclasses.replace(case.config, run_dir=str(Path(folder) / case.name), stop_at=stop_at)
+        assert case.run(fabric, config).step == stop_at
+
+
+def run_until_signalled(fabric, folder):
+    """One process alone gets a signal in step 5; where each stopped, and what each saved."""
+    found = {}
+    for case in CASES:
+        saves, due, save = [], Checkpointer.due, Checkpointer.save
+
+        def due_after_signal(self, step, due=due):
+            if step == 5 and fabric.global_rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return due(self, step)
+
+        def counted_save(self, state, *scores, save=save, saves=saves):
+            saves.append(state.step)
+            return save(self, state, *scores)
+
+        config = dataclasses.replace(
+            case.config, run_dir=str(Path(folder) / f"{case.name}-signalled"), checkpoint_every=0, validate_every=0
+        )
+        with (
+            patch.object(Checkpointer, "due", due_after_signal),
+            patch.object(Checkpointer, "save", counted_save),
+        ):
+            state = case.run(fabric, config)
+        found[case.name] = {"step": state.step, "saves": saves}
+    return found
+
+
+def in_float64(fabric, folder, divided):
+    """All that two processes do in float64."""
+    run_part_way(fabric, divided, 17)
+    return {"all": run_all(fabric, VARIANTS, folder), "unaveraged": run_without_averaging(fabric, folder)}
+
+
+def in_float32(fabric, folder):
+    """All that two processes do in float32."""
+    defaults = [name for name in VARIANTS if name.endswith("-default")]
+    return {
+        "gradients": first_gradients(fabric, VARIANTS, folder),
+        "defaults": run_all(fabric, defaults, folder),
+        "signalled": run_until_signalled(fabric, folder),
+    }
+
+
+@pytest.fixture(scope="module")
+def float64(tmp_path_factory):
+    """(one process's results, [each of two processes' results], folder of runs divided 1 -> 2)."""
+    folder, divided = tmp_path_factory.mktemp("float64"), tmp_path_factory.mktemp("divided")
+    one = run_all(single_process("64-true"), VARIANTS, folder / "one")
+    run_part_way(single_process("64-true"), divided, 7)
+    return one, in_processes(in_float64, 2, str(folder / "two"), str(divided), precision="64-true"), divided
+
+
+@pytest.fixture(scope="module")
+def float32(tmp_path_factory):
+    """(one process's results, [each of two processes' results], folder)."""
+    folder = tmp_path_factory.mktemp("float32")
+    defaults = [name for name in VARIANTS if name.endswith("-default")]
+    fabric = single_process()
+    one = {
+        "gradients": first_gradients(fabric, VARIANTS, folder / "one"),
+        "defaults": run_all(fabric, defaults, folder / "one"),
+    }
+    return one, in_processes(in_float32, 2, str(folder / "two")), folder / "two"
+
+
+@pytest.mark.distributed
+@every_variant
+def test_two_processes_reach_the_state_of_one(float64, name):
+    one, (first, second), _ = float64
+    assert first_difference(first["all"][name], second["all"][name]) is None
+    assert largest_difference(one[name], first["all"][name]) <= 1e-9
+
+
+@pytest.mark.distributed
+@every_case
+def test_two_processes_differ_from_one_without_the_averaging_line(float64, case):
+    one, (first, second), _ = float64
+    unaveraged = [part["unaveraged"][case.name] for part in (first, second)]
+    assert largest_difference(*unaveraged) > 1e-4
+    assert largest_difference(one[f"{case.name}-default"], unaveraged[0]) > 1e-4
+
+
+@pytest.mark.distributed
+@every_case
+def test_a_run_divided_over_one_then_two_then_one_process_equals_that_of_one(float64, case):
+    one, _, divided = float64
+    config = dataclasses.replace(case.config, run_dir=str(divided / case.name))
+    with pytest.warns(UserWarning, match="processes: 2 -> 1"):
+        state = case.run(single_process("64-true"), config)
+    assert state.step == config.steps
+    assert largest_difference(one[f"{case.name}-default"], capture(state)) <= 1e-9
+    straight = read_rows(divided.parent / "float640" / "one" / f"{case.name}-default")
+    assert [without_times(row) for row in read_rows(divided / case.name)] == [
+        pytest.approx(without_times(row), rel=1e-6) for row in straight
+    ]
+
+
+def without_times(row):
+    return {tag: value for tag, value in row.items() if not tag.startswith("time/")}
+
+
+@pytest.mark.distributed
+@every_variant
+def test_first_gradient_of_two_processes_is_that_of_one_in_float32(float32, name):
+    one, (first, second), _ = float32
+    assert len(one["gradients"][name]) > 0
+    for expected, actual, other in zip(*(part["gradients"][name] for part in (one, first, second)), strict=True):
+        assert torch.equal(actual, other)
+        assert (actual - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.distributed
+@every_case
+def test_two_processes_reach_the_state_of_one_in_float32(float32, case):
+    one, (first, _), _ = float32
+    name = f"{case.name}-default"
+    assert largest_difference(one["defaults"][name], first["defaults"][name]) <= 1e-5
+
+
+@pytest.mark.distributed
+@every_case
+def test_a_signal_to_one_of_two_processes_saves_once_and_stops_both_after_the_same_step(float32, case):
+    _, parts, folder = float32
+    # Sent in step 5, agreed on after it, read after the next.
+    assert [part["signalled"][case.name] for part in parts] == [{"step": 6, "saves": [6]}] * 2
+    run_dir = folder / f"{case.name}-signalled"
+    assert saved_steps(run_dir / "checkpoints") == [6]
+    status = json.loads((run_dir / "status.json").read_text())
+    assert (status["state"], status["step"], status["signal"]) == ("stopped", 6, signal.SIGTERM)
