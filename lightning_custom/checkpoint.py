@@ -20,6 +20,7 @@ from lightning_custom.loop import due, parse_duration
 from lightning_custom.machine import differences, machine_facts
 from lightning_custom.precision import unwrap
 from lightning_custom.replay import FiniteGuard
+from lightning_custom.sharded import local_part
 from lightning_custom.run import Run
 from lightning_custom.stopping import Stopper
 
@@ -212,7 +213,7 @@ class Checkpointer:
 
     def _require_finite(self, state: Any) -> None:
         weights = {
-            f"{part}.{name}": parameter.detach().isfinite().all()
+            f"{part}.{name}": local_part(parameter.detach()).isfinite().all()
             for part, module in states.modules(state).items()
             for name, parameter in unwrap(module).named_parameters()
         }

@@ -77,8 +77,9 @@ class Batches:
 
     def _next_of_dataset(self) -> Any:
         if self._tensors is not None:
-            _, index = self._order.batch(self.position)
-            return [tensor[index.to(tensor.device)] for tensor in self._tensors]
+            index = self._order.index(self.position)
+            # Several times as fast as tensor[index] where a sample is large.
+            return [tensor.index_select(0, index.to(tensor.device)) for tensor in self._tensors]
         if self._iterator is None:
             loader = DataLoader(
                 self._dataset,
@@ -155,15 +156,24 @@ class GlobalOrder:
 
     def batch(self, k: int) -> tuple[Tensor, Tensor]:
         """This process's part of batch k: the pass that each sample is of, and its index."""
-        positions = torch.arange(k * self.batch_size, (k + 1) * self.batch_size)[self._part]
-        first, last = int(positions[0]) // self.size, int(positions[-1]) // self.size
-        self._passes = {number: self._pass(number) for number in range(first, last + 1)}
-        if first == last:
-            start = int(positions[0]) - first * self.size
-            return torch.full_like(positions, first), self._passes[first][start : start + len(positions)]
-        passes = positions // self.size
-        index = torch.cat([self._passes[n][positions[passes == n] - n * self.size] for n in self._passes])
-        return passes, index
+        parts = self._parts(k)
+        passes = torch.cat([torch.full_like(index, number) for number, index in parts])
+        return passes, torch.cat([index for _, index in parts])
+
+    def index(self, k: int) -> Tensor:
+        """This process's part of batch k: the index of each sample."""
+        parts = self._parts(k)
+        return parts[0][1] if len(parts) == 1 else torch.cat([index for _, index in parts])
+
+    def _parts(self, k: int) -> list[tuple[int, Tensor]]:
+        """Which indices of which passes make this process's part of batch k; plain numbers, as every step asks."""
+        start, stop = k * self.batch_size + self._part.start, k * self.batch_size + self._part.stop
+        numbers = range(start // self.size, (stop - 1) // self.size + 1)
+        self._passes = {number: self._pass(number) for number in numbers}
+        return [
+            (number, self._passes[number][max(start - number * self.size, 0) : stop - number * self.size])
+            for number in numbers
+        ]
 
     def _pass(self, number: int) -> Tensor:
         known = self._passes.get(number)

@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,12 +118,13 @@ def _torchvision(kind: str, data_root: str, train: bool, remedy: str) -> Any:
 def _read_idx(path: Path) -> np.ndarray:
     """An array in the idx format: two zero bytes, a type code (8: uint8), the number of axes, their sizes, the data."""
     zipped = path.with_name(f"{path.name}.gz")
-    content = path.read_bytes() if path.exists() else gzip.decompress(zipped.read_bytes())
+    found = path if path.exists() else zipped
     try:
+        content = found.read_bytes() if found is path else gzip.decompress(found.read_bytes())
         zeros, code, axes = struct.unpack(">HBB", content[:4])
         shape = struct.unpack(f">{axes}I", content[4 : 4 + 4 * axes])
         if (zeros, code) != (0, 8):
             raise ValueError("not an idx file of bytes")
         return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
-    except (struct.error, ValueError) as error:
-        raise ConfigError(f"data_root: {path} is damaged ({error}); delete it and fetch it again") from error
+    except (struct.error, ValueError, EOFError, OSError, zlib.error) as error:
+        raise ConfigError(f"data_root: {found} is damaged ({error}); delete it and fetch it again") from error

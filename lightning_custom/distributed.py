@@ -41,7 +41,6 @@ def averages_by_itself(fabric: Fabric) -> bool:
     return not isinstance(fabric.strategy, (ExplicitStrategy, SingleDeviceStrategy))
 
 
-@torch.no_grad()
 def mean_gradients_(fabric: Fabric, *modules: nn.Module) -> None:
     """Replace every gradient by its mean over processes; call once before each optimizer step.
 
@@ -64,6 +63,7 @@ def _reduction_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+@torch.no_grad()
 def _mean_gradients_of_one_dtype_(parameters: list[nn.Parameter], dtype: torch.dtype, world_size: int) -> None:
     sizes = [parameter.numel() for parameter in parameters]
     present = [parameter.grad is not None for parameter in parameters]

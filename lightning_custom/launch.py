@@ -10,6 +10,7 @@ from lightning_custom.config import RunConfig
 from lightning_custom.distributed import ExplicitStrategy
 from lightning_custom.errors import ConfigError
 from lightning_custom.precision import FullDouble
+from lightning_custom.sharded import fully_sharded
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
 
@@ -27,6 +28,8 @@ def launch(config: RunConfig) -> Fabric:
     options: dict[str, Any] = {"strategy": config.strategy}
     if config.strategy == "auto" and devices * config.num_nodes > 1:
         options["strategy"] = ExplicitStrategy()
+    elif config.strategy == "fsdp":
+        options["strategy"] = fully_sharded(devices * config.num_nodes)
     if config.precision == "64-true":
         options["plugins"] = [FullDouble()]
     else:

@@ -17,7 +17,7 @@ from lightning_custom.errors import ConfigError
 class MetricState:
     """A torchmetrics ``Metric`` or ``MetricCollection`` as a field of a state, at any place in its accumulation.
 
-        state.scores = MetricState(fabric, MetricCollection([...]))
+        state.scores = MetricState(MetricCollection([...]), fabric)
         state.scores.metric.update(logits, labels)
 
     Every state of every metric inside, with its update count, is stored by process. On another number of processes
@@ -25,7 +25,7 @@ class MetricState:
     reduction :class:`ConfigError` asks for the number that stored it.
     """
 
-    def __init__(self, fabric: Fabric, metric: Metric | MetricCollection) -> None:
+    def __init__(self, metric: Metric | MetricCollection, fabric: Fabric) -> None:
         for part in metric.modules():
             if isinstance(part, (MetricTracker, MinMaxMetric, Running)):
                 raise ConfigError(
@@ -53,11 +53,12 @@ class MetricState:
             if stored.keys() != parts.keys():
                 difference = ", ".join(sorted(stored.keys() ^ parts.keys()))
                 raise ConfigError(f"metric: only one of checkpoint and state has {difference}; use the same metrics")
+        if len(items) != self._fabric.world_size:
+            for name, part in parts.items():
+                _refuse_unknown_reductions(name, part, len(items), self._fabric.world_size)
         own = divide_items(self._fabric, items)
         for name, part in parts.items():
             part.reset()
-            if len(items) != self._fabric.world_size:
-                _refuse_unknown_reductions(name, part, len(items), self._fabric.world_size)
             mine, everyone = [content[name] for content in own], [content[name] for content in items.values()]
             for state in part._defaults:
                 values = [content["states"][state] for content in mine]

@@ -38,9 +38,10 @@ class MLPDiscriminator(nn.Module):
         self.layers = nn.Sequential(
             nn.Linear(math.prod(shape) + num_classes, width),
             nn.LeakyReLU(0.2),
-            nn.Linear(width, width),
+            # No bias here and in the last layer: a relativistic loss gives one, where its unit keeps its sign over the
+            # batch, a gradient of zero, whose rounding Adam amplifies.
+            nn.Linear(width, width, bias=False),
             nn.LeakyReLU(0.2),
-            # No bias: a relativistic loss gives it a gradient of zero, whose rounding Adam amplifies.
             nn.Linear(width, 1, bias=False),
         )
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import socket
 import sys
 import time
@@ -117,7 +118,8 @@ def resume_command(run_dir: Path) -> str:
         program = ["-m", spec.name.removesuffix(".__main__")]
     else:
         program = [getattr(main, "__file__", None) or "-"]
-    return shlex.join(["python", *program, "--run_dir", str(run_dir)])
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    return shlex.join([python, *program, "--run_dir", str(run_dir)])
 
 
 def exit_status(run_dir: str | Path) -> int:

@@ -136,9 +136,10 @@ class Cyclical:
 class OneCycle:
     """From ``peak / start_divisor`` up to ``peak``, then down to ``peak / start_divisor / end_divisor``.
 
-    The way up takes the share ``warmup`` of ``total_steps``; where that is less than a step it is left out. With ``three_phase`` the way down first mirrors the way
-    up, then goes on to the end. The last rate belongs to step ``total_steps - 1``. Smith and Topin 2018; torch's
-    ``OneCycleLR``, without its momentum: set ``group["momentum"]`` from a second schedule where it is wanted.
+    The way up takes the share ``warmup`` of ``total_steps``; where that is less than a step it is left out. With
+    ``three_phase`` the way down first mirrors the way up, then goes on to the end. The last rate belongs to step
+    ``total_steps - 1``. Smith and Topin 2018; torch's ``OneCycleLR``, without its momentum: set ``group["momentum"]``
+    from a second schedule where it is wanted.
     """
 
     peak: float

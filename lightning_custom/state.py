@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_custom.precision import unwrap
+from lightning_custom.sharded import cut_optimizer_, gather_module, gather_optimizer, is_sharded, load_weights_, owner
 
 
 @runtime_checkable
@@ -78,16 +79,20 @@ def _is_live(value: Any) -> bool:
     return isinstance(value, (nn.Module, Optimizer, torch.Generator, Stateful, ItemState))
 
 
-def capture(state: Any) -> dict[str, Any]:
-    """The part of a checkpoint that every process shares: flat keys to tensors and plain containers."""
+def capture(state: Any, *, gather: bool = True) -> dict[str, Any]:
+    """The part of a checkpoint that every process shares: flat keys to tensors and plain containers.
+
+    What is sharded is gathered on process 0, and absent on the others; with ``gather=False`` it stays in its parts.
+    """
     captured: dict[str, Any] = {}
-    for name, value in components(state).items():
+    parts = components(state)
+    for name, value in parts.items():
         if isinstance(value, nn.Module):
             module = unwrap(value)
-            captured |= {f"{name}.{key}": to_plain(entry, name) for key, entry in module.state_dict().items()}
+            content = gather_module(module) if gather and is_sharded(module) else module.state_dict()
+            captured |= {f"{name}.{key}": to_plain(entry, name) for key, entry in content.items()}
         elif isinstance(value, Optimizer):
-            content = {"class": type(unwrap_optimizer(value)).__name__, **value.state_dict()}
-            captured[name] = to_plain(content, name)
+            captured[name] = to_plain(_optimizer_content(value, parts if gather else {}), name)
         elif isinstance(value, torch.Generator):
             captured[name] = value.get_state()
         elif isinstance(value, Stateful):
@@ -95,6 +100,17 @@ def capture(state: Any) -> dict[str, Any]:
         elif not isinstance(value, ItemState):
             captured[name] = to_plain(value, name)
     return captured
+
+
+def _optimizer_content(wrapped: Optimizer, parts: dict[str, Any]) -> dict[str, Any]:
+    optimizer = unwrap_optimizer(wrapped)
+    sharded = owner(_raw_modules(parts), optimizer)
+    content = optimizer.state_dict() if sharded is None else gather_optimizer(sharded, optimizer)
+    return {"class": type(optimizer).__name__, **content}
+
+
+def _raw_modules(parts: dict[str, Any]) -> list[nn.Module]:
+    return [unwrap(part) for part in parts.values() if isinstance(part, nn.Module)]
 
 
 def capture_items(state: Any) -> dict[str, dict[str, Any]]:
@@ -130,7 +146,7 @@ def to_plain(value: Any, name: str) -> Any:
 
 def mismatches(state: Any, stored: Mapping[str, Any], items: Mapping[str, dict[str, Any]]) -> list[str]:
     """Why a checkpoint does not fit ``state``: keys, shapes and dtypes, a line each; empty where it fits."""
-    parts, live = components(state), capture(state)
+    parts, live = components(state), capture(state, gather=False)
     with_items = {name for name, part in parts.items() if isinstance(part, ItemState)}
     problems = _key_mismatches(live.keys(), stored.keys()) + _key_mismatches(with_items, items.keys())
     for name in sorted(live.keys() & stored.keys()):
@@ -188,12 +204,12 @@ def _optimizer_mismatches(name: str, live: dict[str, Any], stored: Any) -> list[
 
 def restore_(state: Any, stored: Mapping[str, Any], items: Mapping[str, dict[str, Any]]) -> None:
     """Write a checkpoint that fits (:func:`mismatches` found nothing) into the live objects of ``state``."""
-    for name, value in components(state).items():
+    parts = components(state)
+    for name, value in parts.items():
         if isinstance(value, nn.Module):
             _restore_module_(unwrap(value), name, stored)
         elif isinstance(value, Optimizer):
-            content = stored[name]
-            value.load_state_dict({key: content[key] for key in ("state", "param_groups")})
+            _restore_optimizer_(unwrap_optimizer(value), stored[name], parts)
         elif isinstance(value, torch.Generator):
             value.set_state(stored[name])
         elif isinstance(value, Stateful):
@@ -207,7 +223,16 @@ def restore_(state: Any, stored: Mapping[str, Any], items: Mapping[str, dict[str
 def _restore_module_(module: nn.Module, name: str, stored: Mapping[str, Any]) -> None:
     prefix = f"{name}."
     content = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
-    module.load_state_dict({key: content[key] for key in module.state_dict()})
+    load_weights_(module, content)
+
+
+def _restore_optimizer_(optimizer: Optimizer, stored: Mapping[str, Any], parts: dict[str, Any]) -> None:
+    content = {key: stored[key] for key in ("state", "param_groups")}
+    sharded = owner(_raw_modules(parts), optimizer)
+    if sharded is None:
+        optimizer.load_state_dict(content)
+    else:
+        cut_optimizer_(sharded, optimizer, content)
 
 
 def _restore_plain_(state: Any, name: str, live: Any, value: Any) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.fabric import Fabric
@@ -42,6 +42,7 @@ from lightning_custom.networks import ConvClassifier
 from lightning_custom.pictures import matrix_picture
 from lightning_custom.precision import Bare, unwrap
 from lightning_custom.progress import Progress
+from lightning_custom.sharded import load_weights_
 from lightning_custom.watch import Watch
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -162,7 +163,8 @@ def train(
     if config.compile:
         model.compile()
     make_optimizer = optimizer or default_optimizer(config)
-    model, optimizer_ = fabric.setup(model, make_optimizer(model.parameters()))
+    model = fabric.setup_module(model)
+    optimizer_ = cast("Optimizer", fabric.setup_optimizers(make_optimizer(model.parameters())))
     state = ClassificationState(
         model=model,
         optimizer=optimizer_,
@@ -358,7 +360,7 @@ def summary(
     """Test the best checkpoint and print the result, where the run is, and how to look at it."""
     part = "model" if state.average is None else "average"
     best = load_module(str(config.run_dir), part)
-    (unwrap(state.model) if state.average is None else state.average).load_state_dict(best)
+    load_weights_(unwrap(state.model) if state.average is None else state.average, best)
     scores, _ = evaluate(fabric, config, state, test_data.dataset(), cross_entropy, "test/")
     if fabric.global_rank == 0:
         print(

@@ -38,11 +38,13 @@ from lightning_custom.extractor import fit_extractor
 from lightning_custom.generation import GenerationScores
 from lightning_custom.launch import launch
 from lightning_custom.loop import due, seed_step
-from lightning_custom.metrics import STEPS_PER_SECOND, MetricLogger
+from lightning_custom.metrics import MetricLogger
 from lightning_custom.networks import ConvDiscriminator, ConvGenerator, MLPDiscriminator, MLPGenerator
 from lightning_custom.pictures import image_grid
 from lightning_custom.precision import bare
 from lightning_custom.progress import Progress
+from lightning_custom.run import CHECKPOINTS, CONFIG
+from lightning_custom.storage import saved_steps
 
 Scores = Callable[[Callable[[Tensor, Tensor], Tensor]], dict[str, float]]
 """Scores ``generate(latents, labels) -> images``, on every process alike."""
@@ -261,7 +263,7 @@ def main(config: GANConfig) -> str:
         rank, processes = fabric.global_rank, fabric.world_size
         return scorer(sample(latents.tensor_split(processes)[rank], scorer.labels.tensor_split(processes)[rank]))
 
-    prepared = time.perf_counter()
+    prepared, resumed_at = time.perf_counter(), max(saved_steps(Path(str(config.run_dir)) / CHECKPOINTS), default=0)
     state = train(
         fabric,
         config,
@@ -271,7 +273,8 @@ def main(config: GANConfig) -> str:
         scores=scores,
     )
     if fabric.global_rank == 0 and state.step == config.steps:
-        summary(config, state, prepared - started, time.perf_counter() - prepared)
+        training = time.perf_counter() - prepared
+        summary(config, state, (state.step - resumed_at) / training, prepared - started, training)
     return str(config.run_dir)
 
 
@@ -296,7 +299,7 @@ def networks(config: GANConfig, data: Images) -> tuple[nn.Module, nn.Module]:
     )
 
 
-def summary(config: GANConfig, state: GANState, preparing: float, training: float) -> None:
+def summary(config: GANConfig, state: GANState, rate: float, preparing: float, training: float) -> None:
     """Print what a finished run reached, where it is, and how to look at it."""
     scores = state.metrics.latest
     if not scores:
@@ -307,7 +310,7 @@ def summary(config: GANConfig, state: GANState, preparing: float, training: floa
         f"KID {scores['val/kid']:.4f}   coverage {scores['val/coverage']:.3f}\n"
         f"classes {scores['val/classes']:.0f} of {config.num_classes}   "
         f"recognised as asked {scores['val/confident_as_asked']:.1%}\n"
-        f"{scores[STEPS_PER_SECOND] * config.batch_size:,.0f} images/s   {training:.1f} s training, "
+        f"{rate * config.batch_size:,.0f} images/s   {training:.1f} s training, "
         f"{preparing:.1f} s for data and feature extractor\n"
         f"run: {config.run_dir}\n"
         f"look: tensorboard --logdir {config.run_dir}\n"
@@ -336,7 +339,7 @@ def sample(request: SampleConfig) -> None:
     """Write the picture that ``request`` asks for."""
     if request.count < 1:
         raise ConfigError(f"count: {request.count}; draw at least 1")
-    path = Path(request.run_dir) / "config.yaml"
+    path = Path(request.run_dir) / CONFIG
     if not path.exists():
         raise ConfigError(f"run_dir: {request.run_dir} holds no run; check the path")
     config = GANConfig(**read_config(path))

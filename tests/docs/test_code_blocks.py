@@ -2,7 +2,7 @@
 
 A ```python block runs, after the blocks above it on the page, in one namespace and a temporary directory. With
 title="x.py" it is also written to that file, behind what the page has put there before; ``<!-- not run: reason -->``
-on the line before keeps a block from running. ```console and ```bash blocks hold commands, one a line.
+on the line before keeps a block from running. ```console blocks hold commands, one a line; ```bash blocks scripts.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import tomllib
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 TUTORIAL = ROOT / "docs" / "tutorials" / "your-own-loop.md"
 
 FENCE = re.compile(
-    r'^(?P<before>.*)\n```(?P<language>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<code>.*?)^```$', re.MULTILINE | re.DOTALL
+    r'^(?P<before>[^\n]*)\n```(?P<language>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<code>.*?)^```$',
+    re.MULTILINE | re.DOTALL,
 )
 LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
-OTHER_PROGRAMS = {"pip", "git", "tensorboard", "cat", "kill", "sbatch", "ruff", "mypy", "srun", "if", "fi", "scontrol"}
+OTHER_PROGRAMS = {"tensorboard", "ruff", "mypy"}
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,13 @@ def prose(page: Path) -> str:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The commands of a page's console and bash blocks, as words, without assignments before them."""
-    lines = "".join(block.code.replace("\\\n", " ") for block in blocks(page, "console", "bash")).splitlines()
-    found = [shlex.split(part, comments=True) for line in lines for part in re.split(r"&&|;", line)]
-    stripped = [words[next((i for i, word in enumerate(words) if "=" not in word), len(words)) :] for words in found]
-    return [words for words in stripped if words]
+    """The commands of a page's console blocks, and what its scripts start of a recipe, as words."""
+    found = []
+    for block in blocks(page, "console", "bash"):
+        for line in block.code.replace("\\\n", " ").splitlines():
+            if block.language == "console" or "-m recipes." in line:
+                found += [shlex.split(part, comments=True) for part in line.split("&&")]
+    return [words for words in found if words]
 
 
 def pages_with(*languages: str) -> Any:
@@ -116,6 +120,10 @@ def test_python_blocks_run(page, folder, monkeypatch):
     run_blocks(page, folder, monkeypatch)
 
 
+def test_the_tutorials_resume_test_passes(folder, monkeypatch):
+    run_blocks(TUTORIAL, folder, monkeypatch)["test_resumed_run_equals_straight_run"](folder)
+
+
 @pages_with("console", "bash")
 def test_commands_exist(page, folder, monkeypatch):
     for block in blocks(page, "python"):
@@ -129,8 +137,7 @@ def check_command(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatc
     if recipe is not None:
         parse_recipe_command(words[recipe], words[recipe + 1 :], monkeypatch)
     elif words[:3] == ["python", "-m", "pytest"]:
-        for word in (word for word in words[3:] if word.endswith(".py") or word.startswith("tests")):
-            assert (ROOT / word).exists() or (folder / word).exists(), f"{shlex.join(words)}: no {word}"
+        check_pytest_command(words, folder)
     elif words[0] == "python" and words[1].endswith(".py") and (folder / words[1]).exists():
         with monkeypatch.context() as context:
             context.setattr(sys, "argv", words[1:])
@@ -147,6 +154,17 @@ def check_command(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatc
         assert (ROOT / words[0]).exists(), f"{shlex.join(words)}: no {words[0]}"
     else:
         assert words[0] in OTHER_PROGRAMS, f"{shlex.join(words)}: not a command that the pages' reader has"
+
+
+def check_pytest_command(words: list[str], folder: Path) -> None:
+    paths = [word for word in words[3:] if word.startswith(("test_", "tests/"))]
+    for path in paths:
+        assert (ROOT / path).exists() or (folder / path).exists(), f"{shlex.join(words)}: no {path}"
+    if "-k" in words:
+        files = [file for path in paths for file in [ROOT / path, *(ROOT / path).rglob("test_*.py")]]
+        names = " ".join(str(file) + file.read_text() for file in files if file.is_file())
+        for name in words[words.index("-k") + 1].split(" or "):
+            assert name in names, f"{shlex.join(words)}: nothing is called {name}"
 
 
 def parse_recipe_command(module: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -174,15 +192,16 @@ def parse_recipe_command(module: str, words: list[str], monkeypatch: pytest.Monk
 
 @all_pages
 def test_links_lead_to_files_and_quotations_are_in_them(page):
-    for line_number, (before, line) in enumerate(zip(["", *prose(page).splitlines()], prose(page).splitlines()), 1):
+    lines = ["", *prose(page).splitlines()]
+    for before, line in pairwise(lines):
         for link in LINK.finditer(line):
             if link["target"].startswith(("http:", "https:", "#")):
                 continue
             target = page.parent / link["target"]
             awaited = link["image"] and before.startswith("<!-- figure: ")
-            assert target.exists() or awaited, f"{page}, about line {line_number}: no {link['target']}"
+            assert target.exists() or awaited, f"{page}: no {link['target']}"
             quoted = re.fullmatch("`([^`]+)`", link["text"])
-            if quoted and target.suffix == ".py" and target.name != quoted[1]:
+            if quoted and target.suffix == ".py" and target.stem != quoted[1]:
                 assert quoted[1] in target.read_text(), f"{page}: {target.name} has no line {quoted[1]!r}"
 
 
@@ -197,12 +216,14 @@ def test_settings_tables_state_the_defaults_of_the_code(page):
 def test_every_page_is_in_the_index():
     index = ROOT / "docs" / "README.md"
     linked = {(index.parent / link["target"]).resolve() for link in LINK.finditer(index.read_text())}
-    assert {page for page in (ROOT / "docs").rglob("*.md")} - linked == {index}
+    assert set((ROOT / "docs").rglob("*.md")) - linked == {index}
 
 
 def test_a_block_that_fails_points_into_its_page(folder, monkeypatch):
     page = folder / "page.md"
-    page.write_text("text\n\n```python\nx = 1\n```\n\n<!-- not run: no -->\n```python\n1/0\n```\n\n```python\nx / 0\n```\n")
+    page.write_text(
+        "text\n\n```python\nx = 1\n```\n\n<!-- not run: no -->\n```python\n1/0\n```\n\n```python\nx / 0\n```\n"
+    )
     with pytest.raises(ZeroDivisionError) as failure:
         run_blocks(page, folder, monkeypatch)
     assert (str(failure.traceback[-1].path), failure.traceback[-1].lineno + 1) == (str(page), 13)

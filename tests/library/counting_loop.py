@@ -154,7 +154,8 @@ class Started:
     def wait_for(self, text: str, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while text not in self.text():
-            assert self.process.is_alive() and time.monotonic() < deadline, f"no {text!r} in: {self.text()}"
+            waiting = self.process.is_alive() and time.monotonic() < deadline
+            assert waiting, f"no {text!r} in: {self.text()}"
             time.sleep(0.01)
 
     def status(self, seconds: float = 60) -> int:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
@@ -36,10 +37,6 @@ def every_case(function):
 
 def every_variant(function):
     return pytest.mark.parametrize("name", VARIANTS)(function)
-
-
-def case_named(name):
-    return next(case for case in CASES if case.name == name)
 
 
 # One process
@@ -79,7 +76,7 @@ def test_resume_is_not_exact_where_randomness_has_a_history(case, tmp_path):
         assert_resumes_exactly(case.run, case.config, stop_at=BETWEEN_FLUSHES, folder=tmp_path)
 
 
-# The bound on the first step's losses is what rounding the weights to 8 bits may cost, relative to those of 32-true.
+# The bound on the first step's losses is what 8 bits of mantissa may cost.
 PRECISIONS = {
     "32-true": (0.0, torch.float32),
     "bf16-mixed": (2e-2, torch.float32),
@@ -124,14 +121,12 @@ def gradients(state):
     ]
 
 
-def run_all(fabric, names, folder, **changes):
+def run_all(fabric, folder):
     """The state that each variant ends with."""
-    found = {}
-    for name in names:
-        case, config = VARIANTS[name]
-        config = dataclasses.replace(config, run_dir=str(Path(folder) / name), **changes)
-        found[name] = capture(case.run(fabric, config))
-    return found
+    return {
+        name: capture(case.run(fabric, dataclasses.replace(config, run_dir=str(Path(folder) / name))))
+        for name, (case, config) in VARIANTS.items()
+    }
 
 
 def run_without_averaging(fabric, folder):
@@ -143,10 +138,9 @@ def run_without_averaging(fabric, folder):
     return found
 
 
-def first_gradients(fabric, names, folder):
+def first_gradients(fabric, folder):
     found = {}
-    for name in names:
-        case, config = VARIANTS[name]
+    for name, (case, config) in VARIANTS.items():
         config = dataclasses.replace(config, steps=1, run_dir=str(Path(folder) / f"{name}-first"))
         found[name] = gradients(case.run(fabric, config))
     return found
@@ -185,74 +179,85 @@ def run_until_signalled(fabric, folder):
     return found
 
 
+def run_presets(fabric, folder):
+    found = {}
+    for case in CASES:
+        config = dataclasses.replace(case.preset, run_dir=str(Path(folder) / f"{case.name}-preset"))
+        found[case.name] = capture(case.run(fabric, config))
+    return found
+
+
 def in_float64(fabric, folder, divided):
     """All that two processes do in float64."""
     run_part_way(fabric, divided, 17)
-    return {"all": run_all(fabric, VARIANTS, folder), "unaveraged": run_without_averaging(fabric, folder)}
+    return {"all": run_all(fabric, folder), "unaveraged": run_without_averaging(fabric, folder)}
 
 
 def in_float32(fabric, folder):
     """All that two processes do in float32."""
-    defaults = [name for name in VARIANTS if name.endswith("-default")]
     return {
-        "gradients": first_gradients(fabric, VARIANTS, folder),
-        "defaults": run_all(fabric, defaults, folder),
+        "gradients": first_gradients(fabric, folder),
+        "presets": run_presets(fabric, folder),
         "signalled": run_until_signalled(fabric, folder),
     }
 
 
+class Results(NamedTuple):
+    one: dict[str, Any]
+    """Of one process."""
+    two: list[dict[str, Any]]
+    """Of each of two processes."""
+    folder: Path
+
+
 @pytest.fixture(scope="module")
 def float64(tmp_path_factory):
-    """(one process's results, [each of two processes' results], folder of runs divided 1 -> 2)."""
-    folder, divided = tmp_path_factory.mktemp("float64"), tmp_path_factory.mktemp("divided")
-    one = run_all(single_process("64-true"), VARIANTS, folder / "one")
-    run_part_way(single_process("64-true"), divided, 7)
-    return one, in_processes(in_float64, 2, str(folder / "two"), str(divided), precision="64-true"), divided
+    folder = tmp_path_factory.mktemp("float64")
+    fabric = single_process("64-true")
+    one = {"all": run_all(fabric, folder / "one")}
+    run_part_way(fabric, folder / "divided", 7)
+    two = in_processes(in_float64, 2, str(folder / "two"), str(folder / "divided"), precision="64-true")
+    return Results(one, two, folder)
 
 
 @pytest.fixture(scope="module")
 def float32(tmp_path_factory):
-    """(one process's results, [each of two processes' results], folder)."""
     folder = tmp_path_factory.mktemp("float32")
-    defaults = [name for name in VARIANTS if name.endswith("-default")]
     fabric = single_process()
     one = {
-        "gradients": first_gradients(fabric, VARIANTS, folder / "one"),
-        "defaults": run_all(fabric, defaults, folder / "one"),
+        "gradients": first_gradients(fabric, folder / "one"),
+        "presets": run_presets(fabric, folder / "one"),
     }
-    return one, in_processes(in_float32, 2, str(folder / "two")), folder / "two"
+    return Results(one, in_processes(in_float32, 2, str(folder / "two")), folder)
 
 
 @pytest.mark.distributed
 @every_variant
 def test_two_processes_reach_the_state_of_one(float64, name):
-    one, (first, second), _ = float64
-    assert first_difference(first["all"][name], second["all"][name]) is None
-    assert largest_difference(one[name], first["all"][name]) <= 1e-9
+    first, second = (part["all"][name] for part in float64.two)
+    assert first_difference(first, second) is None
+    assert largest_difference(float64.one["all"][name], first) <= 1e-9
 
 
 @pytest.mark.distributed
 @every_case
 def test_two_processes_differ_from_one_without_the_averaging_line(float64, case):
-    one, (first, second), _ = float64
-    unaveraged = [part["unaveraged"][case.name] for part in (first, second)]
-    assert largest_difference(*unaveraged) > 1e-4
-    assert largest_difference(one[f"{case.name}-default"], unaveraged[0]) > 1e-4
+    first, second = (part["unaveraged"][case.name] for part in float64.two)
+    assert largest_difference(first, second) > 1e-4
+    assert largest_difference(float64.one["all"][f"{case.name}-default"], first) > 1e-4
 
 
 @pytest.mark.distributed
 @every_case
 def test_a_run_divided_over_one_then_two_then_one_process_equals_that_of_one(float64, case):
-    one, _, divided = float64
-    config = dataclasses.replace(case.config, run_dir=str(divided / case.name))
+    run_dir = float64.folder / "divided" / case.name
     with pytest.warns(UserWarning, match="processes: 2 -> 1"):
-        state = case.run(single_process("64-true"), config)
-    assert state.step == config.steps
-    assert largest_difference(one[f"{case.name}-default"], capture(state)) <= 1e-9
-    straight = read_rows(divided.parent / "float640" / "one" / f"{case.name}-default")
-    assert [without_times(row) for row in read_rows(divided / case.name)] == [
-        pytest.approx(without_times(row), rel=1e-6) for row in straight
-    ]
+        state = case.run(single_process("64-true"), dataclasses.replace(case.config, run_dir=str(run_dir)))
+    assert state.step == case.config.steps
+    assert largest_difference(float64.one["all"][f"{case.name}-default"], capture(state)) <= 1e-9
+    straight = read_rows(float64.folder / "one" / f"{case.name}-default")
+    rows = [without_times(row) for row in read_rows(run_dir)]
+    assert rows == [pytest.approx(without_times(row), rel=1e-6) for row in straight]
 
 
 def without_times(row):
@@ -262,28 +267,26 @@ def without_times(row):
 @pytest.mark.distributed
 @every_variant
 def test_first_gradient_of_two_processes_is_that_of_one_in_float32(float32, name):
-    one, (first, second), _ = float32
-    assert len(one["gradients"][name]) > 0
-    for expected, actual, other in zip(*(part["gradients"][name] for part in (one, first, second)), strict=True):
-        assert torch.equal(actual, other)
-        assert (actual - expected).norm() <= 1e-5 * expected.norm()
+    expected, (first, second) = float32.one["gradients"][name], (part["gradients"][name] for part in float32.two)
+    assert len(expected) > 0
+    for one, two, other in zip(expected, first, second, strict=True):
+        assert torch.equal(two, other)
+        assert (two - one).norm() <= 1e-5 * one.norm()
 
 
 @pytest.mark.distributed
 @every_case
-def test_two_processes_reach_the_state_of_one_in_float32(float32, case):
-    one, (first, _), _ = float32
-    name = f"{case.name}-default"
-    assert largest_difference(one["defaults"][name], first["defaults"][name]) <= 1e-5
+def test_two_processes_reach_the_default_presets_state_of_one_in_float32(float32, case):
+    one, (two, _) = float32.one["presets"][case.name], (part["presets"][case.name] for part in float32.two)
+    assert largest_difference(one, two) <= 1e-5
 
 
 @pytest.mark.distributed
 @every_case
 def test_a_signal_to_one_of_two_processes_saves_once_and_stops_both_after_the_same_step(float32, case):
-    _, parts, folder = float32
     # Sent in step 5, agreed on after it, read after the next.
-    assert [part["signalled"][case.name] for part in parts] == [{"step": 6, "saves": [6]}] * 2
-    run_dir = folder / f"{case.name}-signalled"
+    assert [part["signalled"][case.name] for part in float32.two] == [{"step": 6, "saves": [6]}] * 2
+    run_dir = float32.folder / "two" / f"{case.name}-signalled"
     assert saved_steps(run_dir / "checkpoints") == [6]
     status = json.loads((run_dir / "status.json").read_text())
     assert (status["state"], status["step"], status["signal"]) == ("stopped", 6, signal.SIGTERM)

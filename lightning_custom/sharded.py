@@ -1,0 +1,90 @@
+"""Models that are sharded over processes (FSDP): gathered into the form of an unsharded one, and cut again."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def fully_sharded(processes: int) -> ModelParallelStrategy:
+    """The strategy that shards every direct child of the model, and the model, over ``processes`` (torch's FSDP 2).
+
+    It works on the CPU as well. Fabric's own ``fsdp`` is torch's first FSDP, which does not.
+    """
+    return ModelParallelStrategy(_shard, data_parallel_size=processes, tensor_parallel_size=1)
+
+
+def _shard(model: nn.Module, mesh: Any) -> nn.Module:
+    for child in model.children():
+        if any(True for _ in child.parameters()):
+            fully_shard(child, mesh=mesh["data_parallel"])
+    fully_shard(model, mesh=mesh["data_parallel"])
+    return model
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether any parameter of ``module`` lies in parts on several processes."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: all of it, unless it is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def owner(modules: Iterable[nn.Module], optimizer: Optimizer) -> nn.Module | None:
+    """The sharded module among ``modules`` whose parameters ``optimizer`` updates, if any."""
+    updated = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for module in modules:
+        if is_sharded(module) and any(id(parameter) in updated for parameter in module.parameters()):
+            return module
+    return None
+
+
+def gather_module(module: nn.Module) -> dict[str, Any]:
+    """The whole state dict on the CPU of process 0, empty on the others; every process calls it."""
+    return get_model_state_dict(module, options=_FULL)
+
+
+def load_weights_(module: nn.Module, content: dict[str, Any]) -> None:
+    """Load a whole state dict, which every process gives, into a module, sharded or not."""
+    if is_sharded(module):
+        set_model_state_dict(module, content, options=_FULL)
+    else:
+        module.load_state_dict(content)
+
+
+def gather_optimizer(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """What ``optimizer.state_dict()`` would be without sharding, on process 0; every process calls it."""
+    content: Any = get_optimizer_state_dict(module, optimizer, options=_FULL)
+    if not content:
+        return {}
+    names = [name for group in content["param_groups"] for name in group["params"]]
+    index = {name: i for i, name in enumerate(names)}
+    groups = [{**group, "params": [index[name] for name in group["params"]]} for group in content["param_groups"]]
+    return {
+        "state": {index[name]: entry for name, entry in content["state"].items()},
+        "param_groups": groups,
+    }
+
+
+def cut_optimizer_(module: nn.Module, optimizer: Optimizer, content: dict[str, Any]) -> None:
+    """Take this process's parts out of a whole optimizer state, as an unsharded optimizer stores it."""
+    name_of = {id(parameter): name for name, parameter in module.named_parameters()}
+    names = [name_of[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    groups = [{**group, "params": [names[i] for i in group["params"]]} for group in content["param_groups"]]
+    named: Any = {"state": {names[i]: entry for i, entry in content["state"].items()}, "param_groups": groups}
+    set_optimizer_state_dict(module, optimizer, named, options=_FULL)

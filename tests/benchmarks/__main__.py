@@ -1,0 +1,8 @@
+"""Every comparison, one table: ``python -m tests.benchmarks``."""
+
+from tests.benchmarks import gan_alternation, layer_overhead
+from tests.benchmarks.interleave import machine
+
+print(gan_alternation.report())
+print(layer_overhead.report())
+print(machine())

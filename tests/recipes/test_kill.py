@@ -1,0 +1,112 @@
+"""Killed with -9 anywhere, in the middle of a save too, a run goes on to the same bits."""
+
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_custom.storage import saved_steps, step_folder
+from lightning_custom.testing import assert_rows_equal, first_difference
+from tests.recipes.program import finish, start
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+SMALL = (
+    *("--accelerator", "cpu", "--width", 8, "--batch_size", 8, "--latent_size", 4),
+    *("--log_every", 10, "--validate_every", 250, "--checkpoint_every", 6),
+)
+MOST_SAVES = 8
+
+
+def progress(run_dir):
+    """The newest checkpoint's step, and whether another is being written."""
+    names = os.listdir(run_dir / "checkpoints") if (run_dir / "checkpoints").is_dir() else []
+    steps = [int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit()]
+    return max(steps, default=0), any(name.startswith(".tmp-step-") for name in names)
+
+
+def wait_until(process, condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, "the run ended before it was killed"
+        assert time.monotonic() < deadline, "the run makes no progress"
+
+
+def wait_for_moment(process, run_dir, draw, aim):
+    """Wait for the moment to kill: anywhere in a run's start, in training, or inside a save."""
+    if aim == "start":
+        time.sleep(draw.uniform(0, 8))
+        return
+    begin, saves = progress(run_dir)[0], draw.randint(1, MOST_SAVES)
+    wait_until(process, lambda: progress(run_dir)[0] >= begin + 6 * saves)
+    if aim == "save":
+        wait_until(process, lambda: progress(run_dir)[1])
+        time.sleep(draw.choice([0, 0, 0.002, 0.005]))
+    else:
+        time.sleep(draw.uniform(0, 0.05))
+
+
+def kill_repeatedly(run_dir, flags, aims):
+    """Start, kill the whole process group at each aim's moment, start again; how many kills hit a save."""
+    draw, inside_save = random.Random(0), 0
+    for aim in aims:
+        process = start("gan", *flags, "--run_dir", run_dir, start_new_session=True)
+        wait_for_moment(process, run_dir, draw, aim)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        inside_save += progress(run_dir)[1]
+    return inside_save
+
+
+def complete(run_dir, flags):
+    status, _, errors = finish(start("gan", *flags, "--run_dir", run_dir))
+    assert status == 0, errors
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "complete"
+
+
+def assert_same_run(straight, killed, steps):
+    folders = [step_folder(run_dir / "checkpoints", steps) for run_dir in (straight, killed)]
+    for path in sorted(folders[0].glob("*.pt")):
+        contents = [torch.load(folder / path.name, weights_only=True) for folder in folders]
+        assert first_difference(*map(without_clock, contents)) is None
+    assert saved_steps(straight / "checkpoints") == saved_steps(killed / "checkpoints")
+    assert_rows_equal(straight, killed)
+    assert curves(straight) == curves(killed)
+    assert not list(killed.rglob(".tmp-*"))
+    assert not list(killed.rglob("*.bad*"))
+
+
+def without_clock(content):
+    return {key: value for key, value in content.items() if not key.startswith("time")}
+
+
+def curves(run_dir):
+    """Every curve that TensorBoard shows, its doubled points included."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("time/")]
+    assert len(tags) > 3
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+def test_a_run_killed_24_times_equals_one_that_was_not(tmp_path):
+    flags = (*SMALL, "--steps", 1600)
+    aims = ["save", "training", "save", "start"] * 6
+    assert kill_repeatedly(tmp_path / "killed", flags, aims) >= 6
+    for name in ("killed", "straight"):
+        complete(tmp_path / name, flags)
+    assert_same_run(tmp_path / "straight", tmp_path / "killed", 1600)
+
+
+@pytest.mark.distributed
+def test_two_processes_killed_together_go_on_as_if_they_were_not(tmp_path):
+    flags = (*SMALL, "--steps", 300, "--devices", 2)
+    assert kill_repeatedly(tmp_path / "killed", flags, ["save", "training", "save", "save"]) >= 1
+    for name in ("killed", "straight"):
+        complete(tmp_path / name, flags)
+    assert_same_run(tmp_path / "straight", tmp_path / "killed", 300)
