@@ -20,8 +20,8 @@ from lightning_custom.loop import due, parse_duration
 from lightning_custom.machine import differences, machine_facts
 from lightning_custom.precision import unwrap
 from lightning_custom.replay import FiniteGuard
-from lightning_custom.sharded import local_part
 from lightning_custom.run import Run
+from lightning_custom.sharded import local_part
 from lightning_custom.stopping import Stopper
 
 SHARED_FILE = "state.pt"

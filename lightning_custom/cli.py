@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from lightning_custom.config import RunConfig, read_config
 from lightning_custom.errors import CheckpointError, ConfigError, NonFiniteError
@@ -166,8 +167,8 @@ def _parse(parser: ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = values.as_dict()
     if found.get("print_config"):
         hidden = ("print_config", "preset", "config")
-        kept = Namespace({name: value for name, value in found.items() if name not in hidden})
-        print(parser.dump(kept, skip_validation=True, skip_none=False), end="")
+        kept = {name: value for name, value in found.items() if name not in hidden}
+        print(yaml.safe_dump(kept, sort_keys=False), end="")
         raise SystemExit(0)
     return found
 

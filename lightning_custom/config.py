@@ -32,7 +32,7 @@ class RunConfig:
     resume: Literal["auto", "must", "never"] = "auto"
     """auto: go on if run_dir holds a checkpoint; must: fail without one; never: refuse a used run_dir."""
     replay_step: int | None = None
-    """Do this step of run_dir again from the checkpoint before it, checking every module, and leave run_dir as it is."""
+    """Do this step of run_dir again, checking every module, in a copy of the run."""
     log_every: int = 100
     """Steps between two rows of metrics."""
     validate_every: int = 1000

@@ -44,15 +44,15 @@ class ConfusionMatrix:
     def __init__(self, num_classes: int, fabric: Fabric) -> None:
         self.num_classes = num_classes
         self._fabric = fabric
-        # The last cell counts what is no class, which a check would need a host sync to refuse at once.
-        self._counts = torch.zeros(num_classes * num_classes + 1, dtype=torch.int64, device=fabric.device)
+        # A border of one cell counts what is no class, which a check would need a host sync to refuse at once.
+        self._counts = torch.zeros((num_classes + 2) ** 2, dtype=torch.int64, device=fabric.device)
 
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Count samples: ``predictions`` ``[B]`` classes or ``[B, K]`` logits, ``labels`` ``[B]``, on the device."""
         size = self.num_classes
         classes = predictions.argmax(1) if predictions.dim() > 1 else predictions
-        known = (labels >= 0) & (labels < size) & (classes >= 0) & (classes < size)
-        cells = torch.where(known, labels * size + classes, size * size)
+        # Row and column -1, which the border begins with, stand at 0.
+        cells = torch.add(_within_border(classes, size), _within_border(labels, size), alpha=size + 2) + (size + 3)
         self._counts.index_add_(0, cells, torch.ones_like(cells))
 
     def compute(self) -> ClassificationScores:
@@ -60,14 +60,14 @@ class ConfusionMatrix:
 
         ``ValueError`` on all processes where a label or prediction since the last reset is not in [0, K).
         """
-        cells = sum_over_processes(self._fabric, self._counts).cpu()
-        unknown = int(cells[-1])
+        bordered = sum_over_processes(self._fabric, self._counts).cpu().view(self.num_classes + 2, -1)
+        counts = bordered[1:-1, 1:-1].clone()
+        samples, unknown = int(bordered.sum()), int(bordered.sum() - counts.sum())
         if unknown:
             raise ValueError(
-                f"confusion: {unknown} of {int(cells.sum())} samples have a label or prediction outside 0 to "
+                f"confusion: {unknown} of {samples} samples have a label or prediction outside 0 to "
                 f"{self.num_classes - 1}; set num_classes to the number of classes, and leave out what is none"
             )
-        counts = cells[:-1].view(self.num_classes, self.num_classes)
         matrix = counts.double()
         correct, labelled, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
         occurs = labelled + predicted > 0
@@ -82,6 +82,12 @@ class ConfusionMatrix:
             class_accuracy=(correct / labelled).tolist(),
         )
 
+    def flush(self, prefix: str = "") -> dict[str, float]:
+        """The scores since the last flush, as metrics with tags; begin to count anew."""
+        scores = self.compute().scores(prefix)
+        self.reset()
+        return scores
+
     def reset(self) -> None:
         """Begin to count anew."""
         self._counts.zero_()
@@ -95,6 +101,12 @@ class ConfusionMatrix:
         self.reset()
         for counts in divide_items(self._fabric, items):
             self._counts += counts.to(self._counts.device)
+
+
+def _within_border(classes: Tensor, size: int) -> Tensor:
+    """``classes`` with everything that is none moved to -1 or ``size``."""
+    # Narrow integers would overflow in the product; index_add_ refuses floating-point numbers.
+    return (classes if classes.is_floating_point() else classes.long()).clamp(-1, size)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -234,15 +234,17 @@ def _seeded(seed: int) -> Iterator[None]:
 def evaluation_batches(
     fabric: Fabric, dataset: Any, *, batch_size: int, collate: Callable[[list[Any]], Any] | None = None
 ) -> Iterable[Any]:
-    """Every sample of a map-style dataset once, on the device, each process a contiguous part, nothing padded.
+    """Every sample of a map-style dataset once, on the device, in order, nothing padded or left out.
 
-    Parts may differ in their number of batches, so reduce over processes after the loop, never in it. ``batch_size``
-    is that of one process; the last batch of a part may be smaller.
+    Each process gets its part of each batch, so that all have the same number of batches and a model may communicate
+    within one (FSDP). ``batch_size`` is global and the most; batches are of about equal size. Their parts may differ
+    by a sample, so weigh means by it.
     """
     size, rank, processes = len(dataset), fabric.global_rank, fabric.world_size
-    part = range(rank * size // processes, (rank + 1) * size // processes)
-    for start in range(part.start, part.stop, batch_size):
-        index = range(start, min(start + batch_size, part.stop))
+    batches = -(-size // batch_size)
+    for k in range(batches):
+        start, stop = k * size // batches, (k + 1) * size // batches
+        index = range(start + rank * (stop - start) // processes, start + (rank + 1) * (stop - start) // processes)
         if _is_plain(dataset, collate):
             batch: Any = [tensor[index.start : index.stop] for tensor in dataset.tensors]
         else:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
@@ -128,13 +129,21 @@ def png_bytes(image: Tensor) -> bytes:
 
 def histogram_value(tag: str, values: Tensor) -> Any:
     """A histogram of all entries of ``values`` that are finite; an empty one where none is."""
-    from torch.utils.tensorboard.summary import histogram
-
-    entries = values.detach().float().flatten().cpu()
-    finite = entries[entries.isfinite()]
+    entries = values.detach().double().flatten().cpu().numpy()
+    finite = entries[np.isfinite(entries)]
     if not len(finite):
         return Summary.Value(tag=tag, histo=HistogramProto())
-    return histogram(tag, finite.numpy(), bins="tensorflow").value[0]
+    counts, edges = np.histogram(finite, bins=64)
+    content = HistogramProto(
+        min=finite.min(),
+        max=finite.max(),
+        num=len(finite),
+        sum=finite.sum(),
+        sum_squares=np.square(finite).sum(),
+        bucket_limit=edges[1:],
+        bucket=counts,
+    )
+    return Summary.Value(tag=tag, histo=content)
 
 
 def hyperparameter_values(hyperparameters: Mapping[str, Any], metrics: Iterable[str]) -> list[Any]:

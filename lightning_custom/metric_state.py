@@ -106,7 +106,7 @@ def _nothing(default: Any, stored: Sequence[Any]) -> Any:
     if not isinstance(default, list):
         return default
     # torchmetrics itself would send an empty float vector, which integer or [N, K] entries cannot be joined with.
-    return next(([entry[:0] for entry in entries[:1]] for entries in stored if entries), [])
+    return next(([torch.atleast_1d(entry)[:0] for entry in entries[:1]] for entries in stored if entries), [])
 
 
 def _clone(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:

@@ -76,7 +76,8 @@ class MetricLogger:
             weight = 1 / self._fabric.world_size
         sums = [self._open_sum(tag, weight) for tag in values]
         tensors = [self._scalar(tag, value) for tag, value in values.items()]
-        torch._foreach_add_(sums, tensors, alpha=weight)
+        if sums:
+            torch._foreach_add_(sums, tensors, alpha=weight)
 
     def _open_sum(self, tag: str, weight: float) -> Tensor:
         if tag not in self._sums:
@@ -89,7 +90,7 @@ class MetricLogger:
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise ValueError(f"metrics: {tag} has shape {tuple(value.shape)}; log one number, such as its mean")
-            return value.detach().reshape(())
+            return value.detach() if value.dim() == 0 else value.detach().reshape(())
         return torch.tensor(value, dtype=self._dtype, device=self._fabric.device)
 
     def flush(self, step: int, known: Mapping[str, float] | None = None) -> dict[str, float]:
@@ -97,16 +98,21 @@ class MetricLogger:
 
         ``known`` are values that go into the row as they are, equal on every process.
         """
-        means = self._reduce()
+        means = self.means()
         for tag, mean in means.items():
             if "loss" in tag and not math.isfinite(mean):
                 raise NonFiniteError(f"{tag} is {mean}", step=step)
         means |= known or {}
-        self._sums, self._weights = {}, {}
         now = time.perf_counter()
         means[STEPS_PER_SECOND] = (step - self._step) / max(now - self._clock, 1e-9)
         self._step, self._clock = step, now
         self._write(step, means)
+        return means
+
+    def means(self) -> dict[str, float]:
+        """The mean of every tag since the last flush, over all processes; start anew, writing nothing."""
+        means = self._reduce()
+        self._sums, self._weights = {}, {}
         return means
 
     def _reduce(self) -> dict[str, float]:

@@ -63,7 +63,7 @@ def _parts(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         entries = value.items()
     elif isinstance(value, list):
-        entries = enumerate(value)
+        entries = list(enumerate(value))
     if entries and any(_is_live(entry) for _, entry in entries):
         for key, entry in entries:
             yield from _parts(f"{name}.{key}", entry)
@@ -127,14 +127,17 @@ def to_plain(value: Any, name: str) -> Any:
 
     Tensors are neither copied nor moved.
     """
-    if value is None or isinstance(value, (Tensor, bool, int, float, str, bytes)):
+    if value is None or isinstance(value, (Tensor, bool)):
         return value
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value.copy())
     if isinstance(value, np.generic):
         return value.item()
+    for kind in (int, float, str, bytes):
+        if isinstance(value, kind):
+            return kind(value)  # the safe loader refuses subclasses, enumerations among them
     if isinstance(value, Mapping):
-        return {key: to_plain(entry, f"{name}.{key}") for key, entry in value.items()}
+        return {to_plain(key, name): to_plain(entry, f"{name}.{key}") for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         entries = [to_plain(entry, f"{name}.{i}") for i, entry in enumerate(value)]
         return entries if isinstance(value, list) else tuple(entries)

@@ -11,7 +11,7 @@ Read this one first; the other recipes have the same shell around another order 
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
+from torch.utils.data import TensorDataset
+from torchmetrics import MetricCollection
 
 from lightning_custom import schedules
 from lightning_custom.augmentation import shift_and_flip
@@ -31,7 +33,7 @@ from lightning_custom.config import RunConfig, with_run_dir
 from lightning_custom.confusion import ConfusionMatrix
 from lightning_custom.data import Batches, evaluation_batches
 from lightning_custom.datasets import Images, load_images, split
-from lightning_custom.distributed import mean_gradients_, sum_over_processes
+from lightning_custom.distributed import mean_gradients_
 from lightning_custom.errors import ConfigError
 from lightning_custom.functional import mixup
 from lightning_custom.gradients import sam_ascent
@@ -45,8 +47,8 @@ from lightning_custom.progress import Progress
 from lightning_custom.sharded import load_weights_
 from lightning_custom.watch import Watch
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""``(logits [B, K], targets [B] or [B, K]) -> mean over the batch``."""
+Loss = Callable[[Tensor, Tensor], Tensor | Mapping[str, Tensor]]
+"""``(logits [B, K], targets [B] or [B, K]) -> mean over the batch``, or several by name, whose sum is minimised."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,11 +154,12 @@ def train(
     num_classes: int,
     loss: Loss | None = None,
     optimizer: Callable[[Any], Optimizer] | None = None,
+    val_metrics: MetricCollection | None = None,
 ) -> ClassificationState:
     """Train ``model(inputs) -> logits [B, K]`` on (input, label) pairs, or on an iterable of batches of them.
 
-    ``loss`` is a mean over its batch, cross-entropy by default; ``optimizer`` makes an optimizer from parameters, and
-    is for example a class. ``val_data`` is map-style.
+    ``loss`` is cross-entropy by default; ``optimizer`` makes an optimizer from parameters, and is for example a class.
+    ``val_data`` is map-style; ``val_metrics`` get its logits and labels, beside the scores that are always there.
     """
     config, schedule = with_run_dir(fabric, config), learning_rate(config)
     loss = loss or partial(cross_entropy, label_smoothing=config.label_smoothing)
@@ -170,7 +173,12 @@ def train(
         optimizer=optimizer_,
         average=weight_average(config, model),
         batches=Batches(
-            fabric, train_data, batch_size=config.batch_size, seed=config.seed, num_workers=config.num_workers
+            fabric,
+            train_data,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            num_workers=config.num_workers,
+            seed_samples=not isinstance(train_data, TensorDataset),  # random transforms must not depend on workers
         ),
         confusion=ConfusionMatrix(num_classes, fabric),
         metrics=MetricLogger(fabric, config.run_dir, hyperparameters=config, headline=["val/accuracy", "val/loss"]),
@@ -192,7 +200,7 @@ def train(
             # Gradient of the loss, averaged over the parts of the batch and over processes.
             inputs, labels = next(state.batches)
             inputs, targets = augment(fabric, config, inputs, labels, num_classes, rng.shared)
-            mean_loss, logits = backward(fabric, state, loss, inputs, targets, config.accumulate)
+            losses, logits = backward(fabric, state, loss, inputs, targets, config.accumulate)
             if config.sam:
                 # The gradient that counts is that of the worst weights nearby (Foret et al. 2021, eq. 2 and 3).
                 with sam_ascent(model.parameters(), config.sam):
@@ -206,14 +214,14 @@ def train(
             state.step += 1
             watch.end(state.metrics)
             state.confusion.update(logits, labels)
-            state.metrics.update({"train/loss": mean_loss})
+            state.metrics.update(losses)
             progress.show(state.step)
             if due(state.step, config.log_every, last=config.steps):
-                known = {"lr": schedule(state.step - 1), **training_scores(state)}
+                known = {"lr": schedule(state.step - 1), **state.confusion.flush("train/")}
                 progress.report(state.step, state.metrics.flush(state.step, known))
             validation: dict[str, float] = {}
             if due(state.step, config.validate_every, last=config.steps):
-                validation = validate(fabric, config, state, val_data, loss)
+                validation = validate(fabric, config, state, val_data, loss, val_metrics)
                 progress.report(state.step, state.metrics.record(state.step, validation))
             if checkpointer.due(state.step) or checkpointer.is_best(validation) or out_of_patience(config, state):
                 checkpointer.save(state, validation)
@@ -224,17 +232,27 @@ def train(
 
 def backward(
     fabric: Fabric, state: ClassificationState, loss: Loss, inputs: Tensor, targets: Tensor, parts: int
-) -> tuple[Tensor, Tensor]:
-    """Leave the batch's mean gradient in the model; return the mean loss and the logits ``[B, K]``."""
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Leave the batch's mean gradient in the model; return the mean losses by tag and the logits ``[B, K]``."""
     state.optimizer.zero_grad()
-    losses, logits = [], []
+    losses: dict[str, Tensor] = {}
+    logits = []
     for part, part_targets in zip(inputs.chunk(parts), targets.chunk(parts), strict=True):
         logits.append(state.model(part))
-        # By size, so that the last part may be smaller.
-        losses.append(loss(logits[-1], part_targets) * (len(part) / len(inputs)))
-        fabric.backward(losses[-1])
+        weight = len(part) / len(inputs)  # the last part may be smaller
+        named = loss_by_tag(loss(logits[-1], part_targets), "train/")
+        fabric.backward(named["train/loss"] * weight)
+        losses = {tag: losses.get(tag, 0) + value.detach() * weight for tag, value in named.items()}
     mean_gradients_(fabric, state.model)
-    return torch.stack(losses).sum().detach(), torch.cat(logits).detach()
+    return losses, torch.cat(logits).detach()
+
+
+def loss_by_tag(value: Tensor | Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The loss under its tag, and beside a sum of several losses each of them."""
+    if isinstance(value, Tensor):
+        return {f"{prefix}loss": value}
+    total = torch.stack(list(value.values())).sum()
+    return {f"{prefix}loss": total, **{f"{prefix}loss/{name}": part for name, part in value.items()}}
 
 
 def augment(
@@ -274,18 +292,16 @@ def weight_average(config: ClassificationConfig, model: nn.Module) -> AveragedMo
     return AveragedModel(unwrap(model), multi_avg_fn=function, use_buffers=True)
 
 
-def training_scores(state: ClassificationState) -> dict[str, float]:
-    """Scores over the batches since the last flush, and a fresh start."""
-    scores = state.confusion.compute().scores("train/")
-    state.confusion.reset()
-    return scores
-
-
 def validate(
-    fabric: Fabric, config: ClassificationConfig, state: ClassificationState, data: Any, loss: Loss
+    fabric: Fabric,
+    config: ClassificationConfig,
+    state: ClassificationState,
+    data: Any,
+    loss: Loss,
+    metrics: MetricCollection | None,
 ) -> dict[str, float]:
     """Score the model, or its average, on ``data``, and count validations since the best."""
-    scores, counts = evaluate(fabric, config, state, data, loss, "val/")
+    scores, counts = evaluate(fabric, config, state, data, loss, "val/", metrics)
     state.metrics.image(state.step, "val/confusion", matrix_picture(counts))
     if config.best not in scores:
         raise ConfigError(f"best: {config.best!r} is not a score of the validation; there are {', '.join(scores)}")
@@ -297,23 +313,34 @@ def validate(
 
 @torch.no_grad()
 def evaluate(
-    fabric: Fabric, config: ClassificationConfig, state: ClassificationState, data: Any, loss: Loss, prefix: str
+    fabric: Fabric,
+    config: ClassificationConfig,
+    state: ClassificationState,
+    data: Any,
+    loss: Loss,
+    prefix: str,
+    metrics: MetricCollection | None = None,
 ) -> tuple[dict[str, float], Tensor]:
     """Scores over every sample of ``data`` once, on all processes together, and the confusion counts ``[K, K]``."""
     model: Any = state.model
     if state.average is not None and state.step > config.average_start:
         model = Bare(state.average.module, fabric.strategy.precision)
     confusion = ConfusionMatrix(state.confusion.num_classes, fabric)
-    total = torch.zeros(2, dtype=torch.float64)
+    sums = MetricLogger(fabric, None)
     unwrap(state.model).eval()
-    for inputs, labels in evaluation_batches(fabric, data, batch_size=500):
+    for inputs, labels in evaluation_batches(fabric, data, batch_size=500 * fabric.world_size):
         logits = model(inputs)
         confusion.update(logits, labels)
-        total += torch.tensor([float(loss(logits, labels)) * len(labels), len(labels)])
+        sums.update(loss_by_tag(loss(logits, labels), prefix), weight=len(labels))
+        if metrics is not None:
+            metrics.update(logits, labels)
     unwrap(state.model).train()
-    loss_sum, count = sum_over_processes(fabric, total.to(fabric.device)).tolist()
     result = confusion.compute()
-    return {f"{prefix}loss": loss_sum / count, **result.scores(prefix)}, result.counts
+    scores = {**sums.means(), **result.scores(prefix)}
+    if metrics is not None:
+        scores |= {f"{prefix}{name}": float(value) for name, value in metrics.compute().items()}
+        metrics.reset()
+    return scores, result.counts
 
 
 def out_of_patience(config: ClassificationConfig, state: ClassificationState) -> bool:

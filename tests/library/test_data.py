@@ -127,9 +127,7 @@ def test_augmentation_differs_between_samples_and_passes_and_leaves_the_default_
 
 @pytest.mark.distributed
 def test_workers_start_by_spawn():
-    batches = Batches(
-        process(), Augmented(6), batch_size=3, seed=1, num_workers=1, multiprocessing_context="spawn"
-    )
+    batches = Batches(process(), Augmented(6), batch_size=3, seed=1, num_workers=1, multiprocessing_context="spawn")
     assert equal(take(batches, 3), take(Batches(process(), Augmented(6), batch_size=3, seed=1), 3))
 
 
@@ -230,7 +228,7 @@ def test_the_order_over_passes_is_one_sequence_whatever_the_batch_size():
         order = GlobalOrder(7, batch_size, seed=4)
         parts = [order.batch(k) for k in range(-(-60 // batch_size))]
         sequences.append([list(zip(*(part.tolist() for part in pair), strict=True)) for pair in parts])
-    flattened = [sum(parts, [])[:60] for parts in sequences]
+    flattened = [[pair for part in parts for pair in part][:60] for parts in sequences]
     assert flattened[0] == flattened[1] == flattened[2]
     assert [number for number, _ in flattened[0]] == [i // 7 for i in range(60)]
 

@@ -262,7 +262,7 @@ def test_shares_are_disjoint_cover_the_batch_and_differ_by_one_at_most(size, wor
 def test_stored_items_are_dealt_out_once_each_and_stay_where_the_number_is_the_same(stored, live):
     items = {process_item(processes(rank, stored)): rank for rank in range(stored)}
     dealt = [divide_items(processes(rank, live), items) for rank in range(live)]
-    assert sorted(sum(dealt, [])) == list(range(stored))
+    assert sorted(item for part in dealt for item in part) == list(range(stored))
     if stored == live:
         assert dealt == [[rank] for rank in range(stored)]
 

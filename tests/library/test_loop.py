@@ -90,5 +90,5 @@ def test_durations(text, seconds):
 
 @pytest.mark.parametrize("text", ["", " ", "soon", "1x", "30m1h", "-5", "1:30"])
 def test_what_is_no_duration_is_refused_by_name(text):
-    with pytest.raises(ConfigError, match="max_time: .* is not a duration; write for example 90s"):
+    with pytest.raises(ConfigError, match=r"max_time: .* is not a duration; write for example 90s"):
         parse_duration(text)

@@ -25,7 +25,7 @@ MOST_SAVES = 8
 
 def progress(run_dir):
     """The newest checkpoint's step, and whether another is being written."""
-    names = os.listdir(run_dir / "checkpoints") if (run_dir / "checkpoints").is_dir() else []
+    names = [path.name for path in (run_dir / "checkpoints").glob("*")]
     steps = [int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit()]
     return max(steps, default=0), any(name.startswith(".tmp-step-") for name in names)
 
@@ -35,12 +35,15 @@ def wait_until(process, condition):
     while not condition():
         assert process.poll() is None, "the run ended before it was killed"
         assert time.monotonic() < deadline, "the run makes no progress"
+        time.sleep(0.0005)
 
 
 def wait_for_moment(process, run_dir, draw, aim):
-    """Wait for the moment to kill: anywhere in a run's start, in training, or inside a save."""
-    if aim == "start":
-        time.sleep(draw.uniform(0, 8))
+    """Wait for the moment to kill: while the run restores, while it trains, or inside a save."""
+    if aim == "restore":
+        lock = run_dir / ".lock"
+        wait_until(process, lambda: lock.exists() and lock.read_text().endswith(f" {process.pid}\n"))
+        time.sleep(draw.uniform(0, 0.1))
         return
     begin, saves = progress(run_dir)[0], draw.randint(1, MOST_SAVES)
     wait_until(process, lambda: progress(run_dir)[0] >= begin + 6 * saves)
@@ -71,19 +74,15 @@ def complete(run_dir, flags):
 
 
 def assert_same_run(straight, killed, steps):
-    folders = [step_folder(run_dir / "checkpoints", steps) for run_dir in (straight, killed)]
-    for path in sorted(folders[0].glob("*.pt")):
-        contents = [torch.load(folder / path.name, weights_only=True) for folder in folders]
-        assert first_difference(*map(without_clock, contents)) is None
     assert saved_steps(straight / "checkpoints") == saved_steps(killed / "checkpoints")
+    folders = [step_folder(run_dir / "checkpoints", steps) for run_dir in (straight, killed)]
+    for path in folders[0].glob("*.pt"):
+        contents = [torch.load(folder / path.name, weights_only=True) for folder in folders]
+        assert first_difference(*contents) is None
     assert_rows_equal(straight, killed)
     assert curves(straight) == curves(killed)
     assert not list(killed.rglob(".tmp-*"))
     assert not list(killed.rglob("*.bad*"))
-
-
-def without_clock(content):
-    return {key: value for key, value in content.items() if not key.startswith("time")}
 
 
 def curves(run_dir):
@@ -96,7 +95,7 @@ def curves(run_dir):
 
 def test_a_run_killed_24_times_equals_one_that_was_not(tmp_path):
     flags = (*SMALL, "--steps", 1600)
-    aims = ["save", "training", "save", "start"] * 6
+    aims = ["save", "training", "save", "restore"] * 6
     assert kill_repeatedly(tmp_path / "killed", flags, aims) >= 6
     for name in ("killed", "straight"):
         complete(tmp_path / name, flags)
@@ -106,7 +105,7 @@ def test_a_run_killed_24_times_equals_one_that_was_not(tmp_path):
 @pytest.mark.distributed
 def test_two_processes_killed_together_go_on_as_if_they_were_not(tmp_path):
     flags = (*SMALL, "--steps", 300, "--devices", 2)
-    assert kill_repeatedly(tmp_path / "killed", flags, ["save", "training", "save", "save"]) >= 1
+    assert kill_repeatedly(tmp_path / "killed", flags, ["save", "training", "restore", "save"]) >= 1
     for name in ("killed", "straight"):
         complete(tmp_path / name, flags)
     assert_same_run(tmp_path / "straight", tmp_path / "killed", 300)

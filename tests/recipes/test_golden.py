@@ -1,0 +1,57 @@
+"""The first losses of each default preset, at full precision: no change of numbers goes unseen.
+
+They are equal to the bit on the machine that made them and close elsewhere. A change that is meant is made known by
+``pytest tests/recipes/test_golden.py --renew-golden``.
+"""
+
+import json
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_custom.machine import machine_facts
+from lightning_custom.metrics import read_rows
+from lightning_custom.testing import single_process
+from recipes import gan
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+STEPS = 20
+
+
+def train_gan(fabric, run_dir):
+    config = gan.GANConfig(**gan.PRESETS["digits"], run_dir=str(run_dir), stop_at=STEPS, log_every=1, accelerator="cpu")
+    data = gan.load_data(config)
+    generator, discriminator = gan.networks(config, data)
+    gan.train(fabric, config, generator=generator, discriminator=discriminator, dataset=data.dataset())
+    return config
+
+
+RECIPES = {"gan": train_gan}
+
+
+def processor():
+    """The model of the CPU: libraries choose their kernels by it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_first_losses_of_the_default_preset_are_those_on_record(recipe, tmp_path, request):
+    torch.set_num_threads(1)
+    fabric = single_process()
+    config = RECIPES[recipe](fabric, tmp_path)
+    rows = [{tag: value for tag, value in row.items() if "loss" in tag} for row in read_rows(tmp_path)]
+    found = {"machine": {**machine_facts(fabric, config), "processor": processor()}, "losses": rows}
+    path = GOLDEN / f"{recipe}.json"
+    if request.config.getoption("--renew-golden", default=False):
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    golden = json.loads(path.read_text())
+    assert len(rows) == STEPS
+    if golden["machine"] == found["machine"]:
+        assert rows == golden["losses"]
+    else:
+        assert rows == [pytest.approx(row, rel=1e-5) for row in golden["losses"]]
