@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 import warnings
-from argparse import SUPPRESS
+from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,10 @@ def _parser(
     return parser
 
 
+class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the lines of a recipe's docstring, which hold commands."""
+
+
 def _new_parser(description: str | None) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     return ArgumentParser(
@@ -127,6 +131,7 @@ def _new_parser(description: str | None) -> ArgumentParser:
         allow_abbrev=False,
         default_env=False,
         usage=SUPPRESS,
+        formatter_class=_HelpFormatter,
         print_config=None,  # its own --print_config would take ours for a flag with a value
     )
 

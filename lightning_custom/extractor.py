@@ -56,8 +56,9 @@ def fit_extractor(fabric: Fabric, data: Images) -> FeatureExtractor:
     channels, size = data.images.shape[1], data.images.shape[2]
     path = _cache_path(data)
     weights = first_process(fabric, lambda: _cached(path) or _fit(data, path))
-    extractor = FeatureExtractor(channels, size, data.num_classes)
-    extractor.load_state_dict(weights)
+    with torch.device("meta"):  # no random weights, which would draw from the default generator
+        extractor = FeatureExtractor(channels, size, data.num_classes)
+    extractor.load_state_dict(weights, assign=True)
     return extractor.eval().requires_grad_(False).to(fabric.device)
 
 

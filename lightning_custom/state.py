@@ -133,9 +133,10 @@ def to_plain(value: Any, name: str) -> Any:
         return torch.from_numpy(value.copy())
     if isinstance(value, np.generic):
         return value.item()
-    for kind in (int, float, str, bytes):
+    # The safe loader refuses subclasses, enumerations among them.
+    for kind, plain in ((int, int.__int__), (float, float.__float__), (str, str.__str__), (bytes, bytes)):
         if isinstance(value, kind):
-            return kind(value)  # the safe loader refuses subclasses, enumerations among them
+            return plain(value)
     if isinstance(value, Mapping):
         return {to_plain(key, name): to_plain(entry, f"{name}.{key}") for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

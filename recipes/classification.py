@@ -53,7 +53,7 @@ Loss = Callable[[Tensor, Tensor], Tensor | Mapping[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationConfig(RunConfig):
-    """Settings of :func:`train`, and of the data and network that :func:`main` builds."""
+    """Settings of the loop, and of the data and network that the command line builds."""
 
     steps: int = 800
     """Optimizer updates."""

@@ -52,7 +52,7 @@ Scores = Callable[[Callable[[Tensor, Tensor], Tensor]], dict[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class GANConfig(RunConfig):
-    """Settings of :func:`train`, and of the data and networks that :func:`main` builds."""
+    """Settings of the loop, and of the data and networks that the command line builds."""
 
     steps: int = 5000
     """Generator updates."""

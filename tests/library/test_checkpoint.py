@@ -2,7 +2,10 @@ import contextlib
 import copy
 import json
 import os
+import random
 import shutil
+import signal
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +24,7 @@ from lightning_custom.errors import CheckpointError, ConfigError
 from lightning_custom.metrics import MetricLogger
 from lightning_custom.state import capture
 from lightning_custom.testing import assert_resumes_exactly, first_difference, in_processes, single_process
-from tests.library.counting_loop import CountingConfig, CountingState, new_state, run, take_step
+from tests.library.counting_loop import CountingConfig, CountingState, Started, new_state, run, take_step
 from tests.library.test_storage import Attack, Killed, flip
 
 
@@ -195,6 +198,29 @@ def test_failing_anywhere_inside_save_leaves_a_good_checkpoint_and_nothing_half_
             assert newest == 3 or failed, f"a save that returned is not on the disk: point {point} ({calls[point]})"
             outcomes.add((newest, failed))
     assert {(2, True), (3, True)} <= outcomes
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_equals_a_straight_one(tmp_path):
+    """A checkpoint after every step, so that many of the 25 kills fall inside save."""
+    steps, random_moments = 100_000, random.Random(0)
+    words = ("--run_dir", str(tmp_path / "run"), "--steps", str(steps), "--checkpoint_every", "1")
+    reached = 0
+    for _ in range(25):
+        with Started(tmp_path, *words) as started:
+            started.wait_for("step ")
+            time.sleep(random_moments.uniform(0, 0.2))
+            os.kill(started.pid, signal.SIGKILL)
+            assert started.status() == -signal.SIGKILL
+            lines = started.text().split("\n")[:-1]
+        assert lines[0].startswith("step "), "a resumed run has nothing to warn of"
+        first, last = (int(line.removeprefix("step ")) for line in (lines[0], lines[-1]))
+        assert first in (reached, reached + 1), "a save that returned was lost"
+        reached = last
+    config = config_in(tmp_path / "run", checkpoint_every=1, steps=steps)
+    state = restored(config)
+    straight = run(single_process(), config_in(tmp_path / "straight", checkpoint_every=0, steps=state.step))
+    assert first_difference(capture(straight), capture(state)) is None
 
 
 def test_a_save_that_fails_names_the_folder_and_the_reason(tmp_path, monkeypatch, two_saved):

@@ -218,10 +218,26 @@ class Phase(enum.IntEnum):
     WARM = 3
 
 
+class Word(str, enum.Enum):  # noqa: UP042  # whose str() is not its value
+    WARM = "warm"
+
+
 def test_what_is_plain_is_read_by_the_safe_loader(tmp_path):
-    value = {np.int64(1): np.float64(0.1), Phase.WARM: Phase.WARM, "size": torch.Size([1]), "name": np.str_("x")}
+    value = {
+        np.int64(1): np.float64(0.1),
+        Phase.WARM: Phase.WARM,
+        "size": torch.Size([1]),
+        "name": np.str_("x"),
+        "word": Word.WARM,
+    }
     torch.save(to_plain(value, "x"), tmp_path / "plain.pt")
-    assert torch.load(tmp_path / "plain.pt", weights_only=True) == {1: 0.1, 3: 3, "size": (1,), "name": "x"}
+    assert torch.load(tmp_path / "plain.pt", weights_only=True) == {
+        1: 0.1,
+        3: 3,
+        "size": (1,),
+        "name": "x",
+        "word": "warm",
+    }
     torch.save(value, tmp_path / "as-it-is.pt")
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "as-it-is.pt", weights_only=True)
