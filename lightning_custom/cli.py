@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from lightning_custom.config import RunConfig, read_config
 from lightning_custom.errors import CheckpointError, ConfigError, NonFiniteError
