@@ -112,11 +112,19 @@ class Checkpointer:
             self._warn_of_another_machine(manifest)
             first_process(self._fabric, self._run.store_config)
         self._step = state.step
+        self._check_stop_at()
         if self._config.replay_step is not None:
             self._guard = FiniteGuard(states.modules(state))
         together(self._fabric, lambda: _resume_parts(state, None if folder is None else state.step))
         self._best_value = first_process(self._fabric, self._write_best)
         first_process(self._fabric, lambda: self._write_status("running"))
+
+    def _check_stop_at(self) -> None:
+        stop_at = self._config.stop_at
+        if stop_at is not None and stop_at <= self._step < self._config.steps:
+            raise ConfigError(
+                f"stop_at: {stop_at}, but the run has done {self._step} steps already; give a later one, or leave it out"
+            )
 
     def _newest_good(self) -> Path | None:
         root, failures = self._run.checkpoints, []
@@ -298,7 +306,7 @@ class Checkpointer:
                 error.add_note(f"status.json could not be written either: {second}")
 
     def _write_final_status(self) -> None:
-        if self._step >= self._config.steps:
+        if not self.stop_requested:
             self._write_status("complete")
         else:
             signal = self._stopper.agreed

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -57,16 +58,21 @@ class RunConfig:
     """Deterministic algorithms, with a warning that names an operation without one."""
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name}: {value}; it must be at least {least}")
+        require_at_least(self, _LEAST)
 
 
 _LEAST = {
     "steps": 0, "stop_at": 1, "seed": 0, "log_every": 0, "validate_every": 0, "checkpoint_every": 0, "keep": 1,
     "devices": 1, "num_nodes": 1, "threads": 1,
 }  # fmt: skip
+
+
+def require_at_least(config: RunConfig, bounds: Mapping[str, float]) -> None:
+    """:class:`ConfigError` for the first field below its bound; None is not compared."""
+    for name, least in bounds.items():
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ConfigError(f"{name}: {value}; it must be at least {least}")
 
 
 INVOCATION_FIELDS = frozenset({"run_dir", "resume", "stop_at", "max_time", "replay_step"})

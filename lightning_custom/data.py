@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.utilities import move_data_to_device
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
 
@@ -248,7 +249,9 @@ def evaluation_batches(
         if _is_plain(dataset, collate):
             batch: Any = [tensor[index.start : index.stop] for tensor in dataset.tensors]
         else:
-            batch = (collate or default_collate)([dataset[i] for i in index])
+            # A batch of fewer samples than processes: some get none, in tensors of the right shape.
+            batch = (collate or default_collate)([dataset[i] for i in index or [start]])
+            batch = batch if index else apply_to_collection(batch, Tensor, lambda tensor: tensor[:0])
         yield move_data_to_device(batch, fabric.device)
 
 

@@ -27,7 +27,7 @@ from torch.optim import Adam, Optimizer
 from lightning_custom.adversarial import LOSSES, frozen, squared_gradient_norms
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
-from lightning_custom.config import RunConfig, read_config, with_run_dir
+from lightning_custom.config import RunConfig, read_config, require_at_least, with_run_dir
 from lightning_custom.data import Batches
 from lightning_custom.datasets import Images, digits, fashion_mnist
 from lightning_custom.distributed import mean_gradients_, take_share
@@ -98,6 +98,14 @@ class GANConfig(RunConfig):
     """Networks: fully connected, or convolutional without normalisation."""
     width: int = 128
     """Units of a hidden layer (mlp), or channels (conv)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(self, {"batch_size": 1, "latent_size": 1, "d_steps": 1, "width": 2, "num_classes": 0})
+        require_at_least(self, {"r1": 0, "r2": 0, "g_lr": 0, "d_lr": 0, "ema_half_life": 0, "ema_ramp": 0})
+        for name in ("g_betas", "d_betas"):
+            if not all(0 <= beta < 1 for beta in getattr(self, name)):
+                raise ConfigError(f"{name}: {getattr(self, name)}; each must be at least 0 and below 1")
 
 
 PRESETS: dict[str, dict[str, Any]] = {

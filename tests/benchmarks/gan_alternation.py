@@ -32,7 +32,7 @@ Draw = Callable[[int], tuple[Tensor, Tensor, Tensor]]
 MICRO = GANConfig(steps=700, log_every=100, width=16, batch_size=8, validate_every=0, checkpoint_every=0)
 """Networks so small that only what surrounds them costs; 8x8 images."""
 CONVOLUTIONAL = dataclasses.replace(
-    MICRO, steps=30, log_every=10, network="conv", width=32, batch_size=64, latent_size=64
+    MICRO, steps=18, log_every=6, network="conv", width=32, batch_size=64, latent_size=64
 )
 """The networks of the Fashion-MNIST preset; 28x28 images."""
 TARGET = 1.05

@@ -12,8 +12,7 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from statistics import median
+from itertools import count
 
 import torch
 from lightning.fabric import Fabric
@@ -164,31 +163,35 @@ def compare(rounds: int) -> str:
     return table(f"layer, MLP of width 256, batch {size}", results)
 
 
-def pieces() -> dict[str, Callable[[], object]]:
-    """What the library does in a step, one call of each, at the sizes of the GAN benchmark's micro network."""
-    fabric = Fabric(accelerator="cpu", devices=1)
+def pieces(fabric: Fabric, checkpointer: Checkpointer, run_dir: str) -> dict[str, Callable[[], object]]:
+    """What the library does in a step, one call of each."""
     images, labels = torch.rand(4096, 1, 28, 28), torch.randint(CLASSES, (4096,))
     batches = Batches(fabric, TensorDataset(images, labels), batch_size=64, seed=0)
-    metrics, confusion = MetricLogger(fabric, None), ConfusionMatrix(CLASSES, fabric)
+    metrics, confusion = MetricLogger(fabric, run_dir), ConfusionMatrix(CLASSES, fabric)
     raw = MLPDiscriminator(CLASSES, (1, 8, 8), 16)
     module, optimizer = fabric.setup(raw, AdamW(raw.parameters()))
     average, losses = EMA(module, half_life=1000.0), dict(zip("abc", torch.rand(3), strict=True))
-    logits, targets, latent = torch.randn(64, CLASSES), torch.randint(CLASSES, (64,)), torch.randn(64, 32)
-    bar, schedule = Progress(fabric, 10**9), schedules.Cosine(1e-3, 10**6)
+    logits, latent = torch.randn(64, CLASSES), torch.randn(64, 32)
+    bar, schedule, steps = Progress(fabric, 10**9), schedules.Cosine(1e-3, 10**6), count(1)
 
     def freeze() -> None:
         with frozen(module):
             pass
 
-    steps = iter(range(1, 10**9))
+    def flush() -> None:
+        metrics.update(losses)
+        metrics.flush(1)
+
     return {
         "seed_step": lambda: seed_step(0, 17, fabric),
         "set_learning_rate, cosine": lambda: schedules.set_learning_rate(optimizer, schedule, 17),
         "next(Batches), in memory, 64 of 28x28": lambda: next(batches),
-        "ConfusionMatrix.update, batch 64": lambda: confusion.update(logits, targets),
+        "ConfusionMatrix.update, batch 64": lambda: confusion.update(logits, labels[:64]),
         "MetricLogger.update, 1 tag": lambda: metrics.update({"a": losses["a"]}),
         "MetricLogger.update, 3 tags": lambda: metrics.update(losses),
+        "MetricLogger.update and flush, 3 tags": flush,
         "Progress.show, on a terminal": lambda: bar.show(next(steps)),
+        "Checkpointer.due": lambda: checkpointer.due(1),
         "frozen, 3 layers": freeze,
         "EMA.update_, 3 layers": lambda: average.update_(batch_size=8, samples_seen=10**6),
         "take_share": lambda: take_share(latent, fabric),
@@ -196,39 +199,24 @@ def pieces() -> dict[str, Callable[[], object]]:
     }
 
 
-def checkpointer_pieces(checkpointer: Checkpointer, metrics: MetricLogger) -> dict[str, Callable[[], object]]:
-    """What needs a run directory."""
-
-    def flush() -> None:
-        metrics.update({"loss/generator": 1.0})
-        metrics.flush(1)
-
-    return {"Checkpointer.due": lambda: checkpointer.due(1), "MetricLogger.update and flush, 1 tag": flush}
-
-
-def seconds_of(piece: Callable[[], object], calls: int = 200, rounds: int = 15) -> float:
-    """Median seconds of a call."""
-    contender = stopwatch(lambda: [piece() for _ in range(calls)], calls, time.perf_counter)
-    contender()
-    return median(contender() for _ in range(rounds))
-
-
-def pieces_table() -> str:
+def pieces_table(rounds: int, calls: int = 100) -> str:
     """Each piece's microseconds a call."""
     with tempfile.TemporaryDirectory() as folder, quiet():
-        config = RunConfig(run_dir=str(Path(folder) / "run"), steps=10**9, checkpoint_every=0)
+        config = RunConfig(run_dir=folder, steps=10**9, checkpoint_every=0)
         fabric = Fabric(accelerator="cpu", devices=1)
         with Checkpointer(fabric, config) as checkpointer:
-            metrics = MetricLogger(fabric, config.run_dir)
-            timed = {**pieces(), **checkpointer_pieces(checkpointer, metrics)}
-            seconds = {name: seconds_of(piece) for name, piece in timed.items()}
-    lines = [f"{'a call of':<44} {'us':>9}", *(f"  {name:<42} {own * 1e6:9.1f}" for name, own in seconds.items())]
-    return "\n".join(lines)
+            contenders = {
+                name: stopwatch(lambda piece=piece: [piece() for _ in range(calls)], calls, time.perf_counter)
+                for name, piece in pieces(fabric, checkpointer, folder).items()
+            }
+            results = interleave(contenders, rounds)
+    lines = [f"  {result.name:<42} {result.seconds * 1e6:9.1f}" for result in results]
+    return "\n".join([f"{'one call of':<44} {'us':>9}", *lines])
 
 
 def report(rounds: int = ROUNDS) -> str:
     """The loops, then the pieces."""
-    return f"{compare(rounds)}\n{pieces_table()}"
+    return f"{compare(rounds)}\n{pieces_table(rounds)}"
 
 
 if __name__ == "__main__":

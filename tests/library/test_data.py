@@ -148,7 +148,7 @@ def test_a_subclass_or_a_collate_function_of_ones_own_is_not_passed_over():
     assert [batch[0].tolist() for batch in evaluation_batches(process(), AugmentedTensors(values), batch_size=6)] == [
         (-values).tolist()
     ]
-    assert list(evaluation_batches(process(), TensorDataset(values), batch_size=4, collate=len)) == [4, 2]
+    assert list(evaluation_batches(process(), TensorDataset(values), batch_size=4, collate=len)) == [3, 3]
 
 
 class Counter:
@@ -235,15 +235,19 @@ def test_the_order_over_passes_is_one_sequence_whatever_the_batch_size():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("size", [0, 1, 2, 5, 6, 7])
-def test_evaluation_sees_every_sample_once(size, world_size):
+def test_evaluation_sees_every_sample_once_in_order_and_as_many_batches_on_every_process(size, world_size):
     for dataset, pick in ((Indices(size), lambda batch: batch), (TensorDataset(torch.arange(size)), lambda b: b[0])):
         parts = [
-            [pick(batch) for batch in evaluation_batches(process(rank, world_size), dataset, batch_size=2)]
+            [pick(batch) for batch in evaluation_batches(process(rank, world_size), dataset, batch_size=4)]
             for rank in range(world_size)
         ]
-        seen = [int(sample) for part in parts for batch in part for sample in batch]
-        assert seen == list(range(size))
-        assert all(0 < len(batch) <= 2 for part in parts for batch in part)
+        assert {len(part) for part in parts} == {-(-size // 4)}
+        batches = [torch.cat(batch) for batch in zip(*parts, strict=True)]
+        assert flat(batches) == list(range(size)) if batches else size == 0
+        sizes = [len(batch) for batch in batches]
+        assert all(size <= 4 for size in sizes)
+        assert not sizes or max(sizes) - min(sizes) <= 1
+        assert all(part.dtype == torch.int64 for own in parts for part in own)
 
 
 def test_batches_arrive_on_the_device_of_the_fabric():

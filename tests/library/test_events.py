@@ -1,5 +1,6 @@
 import io
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -91,7 +92,7 @@ def test_pictures_are_lossless(channels, tmp_path):
     pixels = torch.randint(0, 256, (channels, 5, 7), generator=torch.Generator().manual_seed(0))
     decoded = Image.open(io.BytesIO(png_bytes(pixels / 255)))
     assert decoded.size == (7, 5)
-    array = torch.tensor(decoded.get_flattened_data()).view(5, 7, channels).permute(2, 0, 1)
+    array = torch.tensor(np.asarray(decoded)).view(5, 7, channels).permute(2, 0, 1)
     assert torch.equal(array, pixels)
     EventFile(tmp_path).write(1, [image_value("samples", pixels / 255)])
     accumulator = EventAccumulator(str(tmp_path))

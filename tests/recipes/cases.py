@@ -6,14 +6,17 @@ A recipe joins by a ``run`` function and a row in :data:`CASES`.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric import Fabric
+from torch.nn.functional import cross_entropy, multi_margin_loss
+from torch.utils.data import TensorDataset
 
 from lightning_custom.config import RunConfig
 from lightning_custom.datasets import Images, digits
-from recipes import gan
+from lightning_custom.networks import ConvClassifier
+from recipes import classification, gan
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,57 @@ def run_gan(fabric: Fabric, config: gan.GANConfig) -> gan.GANState:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClassificationCase(classification.ClassificationConfig):
+    """With what a user gives to ``train`` beside the config."""
+
+    own: Literal["", "composite-loss", "loss-and-optimizer"] = ""
+
+
+def two_losses(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"entropy": cross_entropy(logits, targets), "size": 1e-2 * logits.square().mean()}
+
+
+def margin(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return multi_margin_loss(logits, targets)
+
+
+class SignMomentum(torch.optim.Optimizer):
+    """The sign of a running mean of gradients: an optimizer that torch has not."""
+
+    def __init__(self, parameters: Any, lr: float = 1e-3) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
+                mean.lerp_(parameter.grad, 0.1)
+                parameter.sub_(torch.tanh(1e3 * mean), alpha=group["lr"])
+
+
+def run_classification(
+    fabric: Fabric, config: classification.ClassificationConfig
+) -> classification.ClassificationState:
+    # A size that batches do not divide, and a validation whose last batch has another size than the first.
+    images, labels, num_classes = digits()
+    size = 11 * config.batch_size + 2
+    train_data, val_data = TensorDataset(images[:size], labels[:size]), TensorDataset(images[-43:], labels[-43:])
+    torch.manual_seed(config.seed)
+    own = getattr(config, "own", "")
+    return classification.train(
+        fabric,
+        config,
+        model=ConvClassifier(1, 8, num_classes, config.width),
+        train_data=train_data,
+        val_data=val_data,
+        num_classes=num_classes,
+        loss={"composite-loss": two_losses, "loss-and-optimizer": margin}.get(own),
+        optimizer=SignMomentum if own == "loss-and-optimizer" else None,
+    )
+
+
 CASES = [
     Case(
         name="gan",
@@ -70,5 +124,30 @@ CASES = [
             "conv": {"network": "conv", "width": 4},
         },
         preset=gan.GANConfig(**gan.PRESETS["digits"] | {"steps": 30}),
+    ),
+    Case(
+        name="classification",
+        module="recipes.classification",
+        run=run_classification,
+        config=ClassificationCase(
+            steps=30, log_every=4, validate_every=10, checkpoint_every=8, batch_size=8, width=8, schedule="constant"
+        ),
+        variants={
+            "sam": {"sam": 0.05},
+            "sam-accumulated-and-clipped": {"sam": 0.05, "accumulate": 2, "clip_norm": 0.5},
+            "mixup": {"mixup": 0.4, "flip": True},
+            "ema": {"average": "ema", "average_decay": 0.9},
+            "swa": {"average": "swa", "average_start": 9},
+            "accumulate": {"accumulate": 2},
+            "clip-norm": {"clip_norm": 0.5},
+            "one-cycle": {"schedule": "one_cycle"},
+            "cosine-with-warmup": {"schedule": "cosine", "warmup_steps": 5, "decay_steps": 20},
+            "label-smoothing": {"label_smoothing": 0.1, "optimizer": "sgd"},
+            "composite-loss": {"own": "composite-loss", "best": "val/loss/size", "best_mode": "min"},
+            "own-loss-and-optimizer": {"own": "loss-and-optimizer"},
+            "patience": {"patience": 2, "validate_every": 4, "best": "val/loss", "best_mode": "max"},
+            "watched": {"watch_every": 5},
+        },
+        preset=classification.ClassificationConfig(**classification.PRESETS["digits"] | {"steps": 30}),
     ),
 ]

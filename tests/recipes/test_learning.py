@@ -1,0 +1,38 @@
+"""Each default preset reaches what its recipe's page states; a shortened one is on its way."""
+
+import pytest
+import torch
+
+from lightning_custom.extractor import fit_extractor
+from lightning_custom.generation import GenerationScores
+from lightning_custom.metrics import read_rows
+from lightning_custom.testing import single_process
+from recipes import gan
+
+
+def final_scores(config):
+    rows = read_rows(gan.main(config))
+    return [row for row in rows if "val/fid" in row][-1]
+
+
+def test_400_steps_bring_the_gans_fid_to_a_twentieth_of_the_untrained_one(tmp_path):
+    config = gan.GANConfig(steps=400, validate_every=0, accelerator="cpu", run_dir=str(tmp_path))
+    data, fabric = gan.load_data(config), single_process()
+    untrained, _ = gan.networks(config, data)
+    scorer = GenerationScores(fabric, data, fit_extractor(fabric, data))
+    latents = torch.randn(len(scorer.labels), config.latent_size, generator=torch.Generator().manual_seed(0))
+    before = scorer(gan.sampler(config, untrained, fabric.device)(latents, scorer.labels))
+
+    after = final_scores(config)
+    assert after["val/fid"] < before["val/fid"] / 20
+    assert after["val/confident_as_asked"] > before["val/confident_as_asked"] + 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_the_gans_default_preset_reaches_its_stated_result(seed, tmp_path):
+    scores = final_scores(gan.GANConfig(seed=seed, validate_every=0, accelerator="cpu", run_dir=str(tmp_path)))
+    assert scores["step"] == gan.GANConfig().steps
+    assert scores["val/fid"] <= 2 * scores["val/fid_floor"]
+    assert scores["val/classes"] == 10
+    assert scores["val/confident_as_asked"] >= 0.95
