@@ -123,7 +123,7 @@ class Checkpointer:
         stop_at = self._config.stop_at
         if stop_at is not None and stop_at <= self._step < self._config.steps:
             raise ConfigError(
-                f"stop_at: {stop_at}, but the run has done {self._step} steps already; give a later one, or leave it out"
+                f"stop_at: {stop_at}, but the run is at {self._step} already; give a later step, or leave it out"
             )
 
     def _newest_good(self) -> Path | None:
@@ -236,6 +236,9 @@ class Checkpointer:
         if self._is_first:
             shared[PRECISION_KEY] = states.to_plain(self._fabric.strategy.precision.state_dict(), PRECISION_KEY)
             files[SHARED_FILE] = storage.write_tensors(folder / SHARED_FILE, shared)
+        for part in states.components(state).values():
+            if hasattr(part, "sync"):
+                part.sync()
         items = states.capture_items(state)
         if items:
             name = f"rank-{self._fabric.global_rank:05d}.pt"

@@ -16,6 +16,8 @@ from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 
+from lightning_custom.storage import fsync_file
+
 PATTERN = "events.out.tfevents.*"
 _CUT = ".cut"
 
@@ -41,6 +43,11 @@ class EventFile:
             self._path = _new_file(self._folder)
             records = [_header(), *records]
         _append_records(self._path, records)
+
+    def sync(self) -> None:
+        """Bring what was written to the disk."""
+        if self._path is not None:
+            fsync_file(self._path)
 
     def cut(self, step: int | None) -> None:
         """Drop every event past ``step`` (all of them for None): what is left moves to a new file.

@@ -23,6 +23,7 @@ from lightning_custom.events import (
     image_value,
     scalar_value,
 )
+from lightning_custom.storage import fsync_file
 
 ROWS = "metrics.jsonl"
 STEPS_PER_SECOND = "time/steps_per_second"
@@ -159,6 +160,13 @@ class MetricLogger:
         finite = {tag: value if math.isfinite(value) else None for tag, value in row.items()}
         with (self._folder / ROWS).open("a") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")
+
+    def sync(self) -> None:
+        """Bring rows and events to the disk: a checkpoint that is there must not be ahead of them."""
+        if self._events is not None and self._folder is not None:
+            self._events.sync()
+            if (self._folder / ROWS).exists():
+                fsync_file(self._folder / ROWS)
 
     def image(self, step: int, tag: str, image: Tensor) -> None:
         """Show a picture: ``[C, H, W]`` with C of 1 or 3, values in [0, 1]."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torchmetrics import Metric, MetricCollection
 
 from lightning_custom.precision import unwrap
 from lightning_custom.sharded import cut_optimizer_, gather_module, gather_optimizer, is_sharded, load_weights_, owner
@@ -87,6 +88,8 @@ def capture(state: Any, *, gather: bool = True) -> dict[str, Any]:
     captured: dict[str, Any] = {}
     parts = components(state)
     for name, value in parts.items():
+        if isinstance(value, (Metric, MetricCollection)):
+            raise TypeError(f"{name}: a torchmetrics metric stores nothing by itself; wrap it in MetricState")
         if isinstance(value, nn.Module):
             module = unwrap(value)
             content = gather_module(module) if gather and is_sharded(module) else module.state_dict()
@@ -133,10 +136,12 @@ def to_plain(value: Any, name: str) -> Any:
         return torch.from_numpy(value.copy())
     if isinstance(value, np.generic):
         return value.item()
-    # The safe loader refuses subclasses, enumerations among them.
-    for kind, plain in ((int, int.__int__), (float, float.__float__), (str, str.__str__), (bytes, bytes)):
+    # The safe loader refuses subclasses, enumerations among them; str() of one of those is not its value.
+    if isinstance(value, str):
+        return str.__str__(value)
+    for kind in (int, float, bytes):
         if isinstance(value, kind):
-            return plain(value)
+            return kind(value)
     if isinstance(value, Mapping):
         return {to_plain(key, name): to_plain(entry, f"{name}.{key}") for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

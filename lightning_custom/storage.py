@@ -192,6 +192,12 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def fsync_file(path: Path) -> None:
+    """Bring what was written to a file to the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 def fsync_folder(folder: Path) -> None:
     """Bring a folder's entries to the disk, where the platform can."""
     if os.name == "nt":

@@ -235,6 +235,20 @@ def backward(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Leave the batch's mean gradient in the model; return the mean losses by tag and the logits ``[B, K]``."""
     state.optimizer.zero_grad()
+    if parts == 1:
+        logits = state.model(inputs)
+        losses = loss_by_tag(loss(logits, targets), "train/")
+        fabric.backward(losses["train/loss"])
+    else:
+        losses, logits = accumulate(fabric, state, loss, inputs, targets, parts)
+    mean_gradients_(fabric, state.model)
+    return losses, logits.detach()
+
+
+def accumulate(
+    fabric: Fabric, state: ClassificationState, loss: Loss, inputs: Tensor, targets: Tensor, parts: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The same for a batch cut into parts, with a backward pass for each."""
     losses: dict[str, Tensor] = {}
     logits = []
     for part, part_targets in zip(inputs.chunk(parts), targets.chunk(parts), strict=True):
@@ -243,8 +257,7 @@ def backward(
         named = loss_by_tag(loss(logits[-1], part_targets), "train/")
         fabric.backward(named["train/loss"] * weight)
         losses = {tag: losses.get(tag, 0) + value.detach() * weight for tag, value in named.items()}
-    mean_gradients_(fabric, state.model)
-    return losses, torch.cat(logits).detach()
+    return losses, torch.cat(logits)
 
 
 def loss_by_tag(value: Tensor | Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

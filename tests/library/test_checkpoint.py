@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -738,3 +739,52 @@ def test_all_processes_fall_back_to_the_same_checkpoint(tmp_path, two_saved):
     assert (first["step"], second["step"]) == (1, 1)
     assert (first["warnings"], second["warnings"]) == (1, 0)
     assert torch.equal(first["weight"], second["weight"])
+
+
+# Ends of a run
+
+
+def status(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "status.json").read_text())
+
+
+def test_a_step_to_stop_at_that_is_past_already_is_refused(tmp_path):
+    run(single_process(), config_in(tmp_path, stop_at=3))
+    with pytest.raises(ConfigError, match="stop_at: 3, but the run is at 3 already; give a later step"):
+        run(single_process(), config_in(tmp_path, stop_at=3))
+    assert kept(tmp_path)[-1] == 3
+
+
+def test_a_run_is_complete_when_its_loop_ends_by_itself_and_stopped_when_asked(tmp_path):
+    run(single_process(), config_in(tmp_path / "stopped", stop_at=3))
+    assert status(tmp_path / "stopped")["state"] == "stopped"
+
+    early = config_in(tmp_path / "early")
+    fabric = single_process()
+    with Checkpointer(fabric, early) as checkpointer:
+        checkpointer.restore(new_state(fabric, early))
+        checkpointer.due(2)  # the loop found that two steps are enough
+    assert status(tmp_path / "early")["state"] == "complete"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc which file a descriptor is of")
+def test_rows_are_on_the_disk_before_the_checkpoint_that_is_past_them(tmp_path, monkeypatch):
+    @dataclass
+    class LoggedState:
+        metrics: MetricLogger
+        step: int = 1
+
+    fabric, synced = single_process(), []
+    fsync = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (synced.append(Path(f"/proc/self/fd/{file}").readlink().name), fsync(file))
+    )
+    state = LoggedState(MetricLogger(fabric, tmp_path))
+    with Checkpointer(fabric, config_in(tmp_path)) as checkpointer:
+        checkpointer.restore(state)
+        state.metrics.record(1, {"score": 1.0})
+        synced.clear()
+        checkpointer.save(state)
+    events = next(name for name in synced if "tfevents" in name)
+    assert synced.index("metrics.jsonl") < synced.index(".tmp-manifest.json")
+    assert synced.index(events) < synced.index(".tmp-manifest.json")

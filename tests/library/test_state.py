@@ -11,6 +11,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
+from torchmetrics import MeanMetric
 
 from lightning_custom.ema import EMA
 from lightning_custom.state import capture, capture_items, components, mismatches, modules, restore_, to_plain
@@ -247,3 +248,13 @@ def test_what_is_plain_is_read_by_the_safe_loader(tmp_path):
 def test_what_is_not_plain_is_named_with_its_place(value):
     with pytest.raises(TypeError, match=r"^state\.a\.1: a \w+ cannot be in a checkpoint; keep tensors, numbers"):
         to_plain({"a": [0, value]}, "state")
+
+
+def test_a_bare_metric_is_refused_since_it_would_store_nothing():
+    @dataclass
+    class WithMetric:
+        accuracy: nn.Module
+        step: int = 0
+
+    with pytest.raises(TypeError, match="accuracy: a torchmetrics metric stores nothing by itself; wrap it in Metric"):
+        capture(WithMetric(MeanMetric()))

@@ -115,7 +115,9 @@ def modules(state):
 
 def gradients(state):
     """The gradients that the last step left, a vector for each module."""
-    found = [[part.grad.flatten() for part in module.parameters() if part.grad is not None] for module in modules(state)]
+    found = [
+        [part.grad.flatten() for part in module.parameters() if part.grad is not None] for module in modules(state)
+    ]
     return [torch.cat(parts) for parts in found if parts]  # an average of weights has none
 
 
