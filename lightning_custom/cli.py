@@ -2,7 +2,9 @@
 
 import dataclasses
 import os
+import shutil
 import sys
+import time
 import traceback
 import warnings
 from argparse import SUPPRESS, RawDescriptionHelpFormatter
@@ -19,6 +21,7 @@ from lightning_custom.run import CONFIG, exit_status
 
 Main = Callable[[Any], Any]
 WRONG_USAGE = 2
+_PARENT = os.getppid()
 
 
 def command_line(
@@ -50,13 +53,14 @@ def command_line(
             raise ConfigError(f"{words[0]!r} is not a verb; there are: {known}. Flags begin with --")
         settings = parse_config(config, words, presets, description)
         run_dir = _run(main, settings)
+        if settings.replay_step is not None and _is_first():
+            print(f"replayed step {settings.replay_step}: {run_dir}", flush=True)
         return 0 if run_dir is None or _launched_from_outside() else exit_status(run_dir) if _is_first() else 0
-    except NonFiniteError as error:
+    except (ConfigError, CheckpointError, NonFiniteError) as error:
+        if _left_by_process_0():
+            return 0
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    except (ConfigError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return WRONG_USAGE
+        return 1 if isinstance(error, NonFiniteError) else WRONG_USAGE
     except Exception as error:
         if "WORLD_SIZE" in os.environ:
             traceback.print_exc()
@@ -70,18 +74,24 @@ def _run(main: Main, settings: RunConfig) -> str | None:
     try:
         return main(settings)  # type: ignore[no-any-return]
     except NonFiniteError as error:
-        if settings.replay_step is None and error.run_dir is not None and "WORLD_SIZE" not in os.environ:
-            _name_the_module(error, main, settings)
+        if settings.replay_step is None and error.run_dir is not None:
+            if "WORLD_SIZE" in os.environ:
+                error.what += f" (--replay_step {error.step} names the module)"
+            else:
+                _name_the_module(error, main, settings)
         raise
 
 
 def _name_the_module(error: NonFiniteError, main: Main, settings: RunConfig) -> None:
     """Do the failed steps again from the last good checkpoint with every module checked; add what that finds."""
-    print(f"{error}; doing it again to find the module", file=sys.stderr, flush=True)
+    print(f"{error.what} by step {error.step}; doing it again to find the module", file=sys.stderr, flush=True)
     try:
-        main(dataclasses.replace(settings, run_dir=error.run_dir, replay_step=error.step))
+        folder = main(dataclasses.replace(settings, run_dir=error.run_dir, replay_step=error.step))
     except NonFiniteError as found:
-        error.what, error.step = f"{error.what}; {found.what}", found.step
+        folder, error.step = found.run_dir, found.step
+        if found.what != error.what:
+            error.what += f"; {found.what}"
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def parse_config(
@@ -200,6 +210,20 @@ def _rank() -> int:
 
 def _is_first() -> bool:
     return _rank() == 0
+
+
+def _left_by_process_0(seconds: float = 5.0) -> bool:
+    """Whether this process is a child of Fabric's own launcher, and process 0 has left by an error of its own.
+
+    The launcher kills process 0 as soon as a child leaves with a status. An error that all processes have is left to
+    process 0 to say and to carry, so a child waits a while for it to go.
+    """
+    if _is_first() or "WORLD_SIZE" not in os.environ or _launched_from_outside():
+        return False
+    deadline = time.monotonic() + seconds
+    while os.getppid() == _PARENT and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return os.getppid() != _PARENT
 
 
 def _launched_from_outside() -> bool:

@@ -152,6 +152,8 @@ def _with_replay_folder(fabric: Fabric, config: C, step: int) -> C:
     run_dir = Path(config.run_dir)
     if (run_dir / MARKER).exists():
         return config
+    if not 1 <= step <= config.steps:
+        raise ConfigError(f"replay_step: {step}; the run has steps 1 to {config.steps}")
     folder = first_process(fabric, lambda: str(replay_folder(run_dir, step)))
     return dataclasses.replace(config, run_dir=folder, stop_at=step, log_every=1, checkpoint_every=0, resume="auto")
 

@@ -43,6 +43,8 @@ class ConfusionMatrix:
 
     def __init__(self, num_classes: int, fabric: Fabric) -> None:
         self.num_classes = num_classes
+        self.latest = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        """Counts of all processes at the last flush, for a picture; zeros before the first."""
         self._fabric = fabric
         # A border of one cell counts what is no class, which a check would need a host sync to refuse at once.
         self._counts = torch.zeros((num_classes + 2) ** 2, dtype=torch.int64, device=fabric.device)
@@ -52,7 +54,7 @@ class ConfusionMatrix:
         size = self.num_classes
         classes = predictions.argmax(1) if predictions.dim() > 1 else predictions
         # Row and column -1, which the border begins with, stand at 0.
-        cells = torch.add(_within_border(classes, size), _within_border(labels, size), alpha=size + 2) + (size + 3)
+        cells = torch.add(_within_border(classes, size), _within_border(labels, size), alpha=size + 2).add_(size + 3)
         self._counts.index_add_(0, cells, torch.ones_like(cells))
 
     def compute(self) -> ClassificationScores:
@@ -84,9 +86,10 @@ class ConfusionMatrix:
 
     def flush(self, prefix: str = "") -> dict[str, float]:
         """The scores since the last flush, as metrics with tags; begin to count anew."""
-        scores = self.compute().scores(prefix)
+        result = self.compute()
+        self.latest = result.counts
         self.reset()
-        return scores
+        return result.scores(prefix)
 
     def reset(self) -> None:
         """Begin to count anew."""

@@ -63,6 +63,7 @@ class Batches:
                 raise ConfigError("dataset: it is empty; give one with at least one sample")
             share(batch_size, fabric, "batch_size")
             in_memory = num_workers == 0 and _is_plain(source, collate)
+            seed_samples = seed_samples and type(source) is not TensorDataset
             self._dataset: Any = SeededSamples(source, seed) if seed_samples else source
             self._order = GlobalOrder(len(source), batch_size, seed, fabric.global_rank, fabric.world_size)
             self._tensors: tuple[Tensor, ...] | None = source.tensors if in_memory else None

@@ -32,6 +32,7 @@ from torch.optim import Optimizer
 
 from lightning_custom.errors import ConfigError
 from lightning_custom.precision import unwrap
+from lightning_custom.sharded import local_part, whole
 from lightning_custom.state import unwrap_optimizer
 
 
@@ -148,12 +149,13 @@ def sam_ascent(parameters: Iterable[nn.Parameter], rho: float) -> Iterator[None]
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     if not parameters:
         raise ConfigError("parameters: none has a gradient; call fabric.backward before sam_ascent")
-    weights: list[Tensor] = [*parameters]
+    weights = [local_part(parameter.detach()) for parameter in parameters]
     with torch.no_grad():
         # Copies, because w + e - e is not w in floating point.
-        before = [weight.detach().clone() for weight in weights]
-        scale = rho / (gradient_norm(parameters) + 1e-12)
-        torch._foreach_add_(weights, torch._foreach_mul(_gradients(parameters), scale))
+        before = [weight.clone() for weight in weights]
+        scale = rho / (whole(gradient_norm(parameters)) + 1e-12)
+        gradients = [local_part(gradient) for gradient in _gradients(parameters)]
+        torch._foreach_add_(weights, torch._foreach_mul(gradients, scale))
     try:
         yield
     finally:

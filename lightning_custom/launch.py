@@ -19,24 +19,29 @@ def launch(config: RunConfig) -> Fabric:
     """A launched Fabric: devices, precision, strategy and determinism as ``config`` says.
 
     With several processes and ``strategy="auto"``, gradients are averaged explicitly
-    (:class:`~lightning_custom.distributed.ExplicitStrategy`). Inside torchrun or SLURM the launcher's number of
-    processes holds where ``devices`` is None.
+    (:class:`~lightning_custom.distributed.ExplicitStrategy`). What ``config`` leaves open, torchrun, ``fabric run`` or
+    SLURM decide.
     """
-    if config.precision not in PRECISIONS:
-        raise ConfigError(f"precision: {config.precision!r} is unknown; use {', '.join(PRECISIONS)}")
-    devices = config.devices if config.devices is not None else _launcher_devices()
-    options: dict[str, Any] = {"strategy": config.strategy}
-    if config.strategy == "auto" and devices * config.num_nodes > 1:
+    strategy = _left_open(config.strategy, "auto", "LT_STRATEGY")
+    precision = _left_open(config.precision, "32-true", "LT_PRECISION")
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision: {precision!r} is unknown; use {', '.join(PRECISIONS)}")
+    devices = config.devices or _number("LOCAL_WORLD_SIZE") or _number("SLURM_NTASKS_PER_NODE") or 1
+    num_nodes = config.num_nodes if config.num_nodes > 1 else _number("GROUP_WORLD_SIZE") or 1
+    options: dict[str, Any] = {"strategy": strategy}
+    if strategy == "auto" and devices * num_nodes > 1:
         options["strategy"] = ExplicitStrategy()
-    elif config.strategy == "fsdp":
-        options["strategy"] = fully_sharded(devices * config.num_nodes)
-    if config.precision == "64-true":
+    elif strategy == "fsdp":
+        options["strategy"] = fully_sharded(devices * num_nodes)
+    if precision == "64-true":
         options["plugins"] = [FullDouble()]
     else:
-        options["precision"] = config.precision
+        options["precision"] = precision
+    if config.devices is not None or "LT_DEVICES" not in os.environ:  # which may name devices: 2,3
+        options["devices"] = devices
     make_deterministic(config.deterministic)
     try:
-        fabric = Fabric(accelerator=config.accelerator, devices=devices, num_nodes=config.num_nodes, **options)
+        fabric = Fabric(accelerator=config.accelerator, num_nodes=num_nodes, **options)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"accelerator, devices, strategy, precision: {' '.join(str(error).split())}") from error
     fabric.launch()
@@ -45,11 +50,15 @@ def launch(config: RunConfig) -> Fabric:
     return fabric
 
 
-def _launcher_devices() -> int:
-    for name in ("LT_DEVICES", "LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return 1
+def _left_open(value: str, default: str, variable: str) -> str:
+    """``value``, or what ``fabric run`` was told instead of the default; Fabric must not see that it was told."""
+    told = os.environ.pop(variable, default)
+    return told if value == default else value
+
+
+def _number(variable: str) -> int | None:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdigit() else None
 
 
 def make_deterministic(deterministic: bool) -> None:

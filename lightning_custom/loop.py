@@ -4,7 +4,7 @@ import hashlib
 import random
 import re
 import struct
-from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -24,15 +24,22 @@ def due(step: int, every: int, *, last: int | None = None) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-@dataclass(frozen=True)
 class StepRandom:
     """The generators of one step, both on the CPU so that every device draws the same numbers."""
 
-    shared: torch.Generator
-    """Equal on every process: for work that is drawn for the whole batch and then cut by process."""
+    # Made when asked for: a generator costs 3 microseconds.
+    def __init__(self, shared_seed: int, local_seed: int) -> None:
+        self._shared_seed, self._local_seed = shared_seed, local_seed
 
-    local: torch.Generator
-    """Different on every process: for noise that belongs to one process's part of the work."""
+    @cached_property
+    def shared(self) -> torch.Generator:
+        """Equal on every process: for work that is drawn for the whole batch and then cut by process."""
+        return torch.Generator().manual_seed(self._shared_seed)
+
+    @cached_property
+    def local(self) -> torch.Generator:
+        """Different on every process: for noise that belongs to one process's part of the work."""
+        return torch.Generator().manual_seed(hash_seed(self._local_seed))
 
 
 def hash_seed(*parts: int | str) -> int:
@@ -58,9 +65,7 @@ def seed_step(seed: int, step: int, fabric: Fabric, *, stream: str = "train") ->
     """
     shared, local = hash_seed(seed, step, stream), hash_seed(seed, step, stream, fabric.global_rank)
     _seed_default_generators(local)
-    return StepRandom(
-        shared=torch.Generator().manual_seed(shared), local=torch.Generator().manual_seed(hash_seed(local))
-    )
+    return StepRandom(shared, local)
 
 
 def _seed_default_generators(seed: int) -> None:

@@ -77,7 +77,7 @@ class MetricLogger:
             weight = 1 / self._fabric.world_size
         sums = [self._open_sum(tag, weight) for tag in values]
         tensors = [self._scalar(tag, value) for tag, value in values.items()]
-        if sums:
+        if sums and weight:  # an empty part of a batch has no mean
             torch._foreach_add_(sums, tensors, alpha=weight)
 
     def _open_sum(self, tag: str, weight: float) -> Tensor:

@@ -45,6 +45,11 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all parts of a sharded one, which every process asks for together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def owner(modules: Iterable[nn.Module], optimizer: Optimizer) -> nn.Module | None:
     """The sharded module among ``modules`` whose parameters ``optimizer`` updates, if any."""
     updated = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

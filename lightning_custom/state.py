@@ -139,9 +139,10 @@ def to_plain(value: Any, name: str) -> Any:
     # The safe loader refuses subclasses, enumerations among them; str() of one of those is not its value.
     if isinstance(value, str):
         return str.__str__(value)
-    for kind in (int, float, bytes):
-        if isinstance(value, kind):
-            return kind(value)
+    if isinstance(value, (int, float)):
+        return int(value) if isinstance(value, int) else float(value)
+    if isinstance(value, bytes):
+        return bytes(value)
     if isinstance(value, Mapping):
         return {to_plain(key, name): to_plain(entry, f"{name}.{key}") for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

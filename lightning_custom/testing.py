@@ -51,6 +51,7 @@ def in_processes(
 def _run_and_keep(fabric: Fabric, function: Callable[..., Any], folder: str, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     make_deterministic(True)
+    fabric.barrier()  # process 0 must not end, and its store with it, before all have connected
     result = to_plain(function(fabric, *arguments), "result")
     torch.save(result, Path(folder) / f"{fabric.global_rank}.pt")
 

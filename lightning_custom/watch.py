@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_custom.loop import due
 from lightning_custom.metrics import MetricLogger
 from lightning_custom.precision import unwrap
+from lightning_custom.sharded import whole
 
 
 class Watch:
@@ -26,7 +27,7 @@ class Watch:
     ``activation_std``, ``activation_dead`` (the share of a layer's output that is zero or less for the whole batch, so
     that a ReLU behind it passes nothing), ``grad_norm``, ``weight_norm`` and ``update_ratio`` (norm of the update over
     norm of the weights; about 1e-3 is usual). Weights and gradients are shown as histograms too. Activations are of
-    process 0's part of the batch, gradients are as the optimizer saw them.
+    the step's last forward pass, on process 0; gradients are as the optimizer saw them.
     """
 
     def __init__(self, model: nn.Module, *, every: int, histograms: bool = True) -> None:
@@ -54,7 +55,7 @@ class Watch:
             if isinstance(output, Tensor):
                 activation = output.detach().float()
                 self._values[f"watch/activation_mean/{name}"] = activation.mean()
-                self._values[f"watch/activation_std/{name}"] = activation.std()
+                self._values[f"watch/activation_std/{name}"] = activation.std(correction=0)
                 self._values[f"watch/activation_dead/{name}"] = (activation <= 0).all(0).float().mean()
 
         return observe
@@ -91,9 +92,9 @@ class Watch:
 
 
 def _flat_weights(layer: nn.Module) -> Tensor:
-    return torch.cat([parameter.detach().reshape(-1) for parameter in layer.parameters(recurse=False)])
+    return torch.cat([whole(parameter.detach()).reshape(-1) for parameter in layer.parameters(recurse=False)])
 
 
 def _flat_gradients(layer: nn.Module) -> Tensor | None:
-    gradients = [p.grad.reshape(-1) for p in layer.parameters(recurse=False) if p.grad is not None]
+    gradients = [whole(p.grad).reshape(-1) for p in layer.parameters(recurse=False) if p.grad is not None]
     return torch.cat(gradients) if gradients else None

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -22,19 +23,19 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
-from torch.utils.data import TensorDataset
 from torchmetrics import MetricCollection
 
 from lightning_custom import schedules
 from lightning_custom.augmentation import shift_and_flip
-from lightning_custom.checkpoint import Checkpointer, load_module
+from lightning_custom.checkpoint import Checkpointer, load_module, read_best
 from lightning_custom.cli import command_line
-from lightning_custom.config import RunConfig, with_run_dir
+from lightning_custom.config import RunConfig, require_at_least, with_run_dir
 from lightning_custom.confusion import ConfusionMatrix
 from lightning_custom.data import Batches, evaluation_batches
 from lightning_custom.datasets import Images, load_images, split
 from lightning_custom.distributed import mean_gradients_
 from lightning_custom.errors import ConfigError
+from lightning_custom.evaluation import evaluating
 from lightning_custom.functional import mixup
 from lightning_custom.gradients import sam_ascent
 from lightning_custom.launch import launch
@@ -44,7 +45,7 @@ from lightning_custom.networks import ConvClassifier
 from lightning_custom.pictures import matrix_picture
 from lightning_custom.precision import Bare, unwrap
 from lightning_custom.progress import Progress
-from lightning_custom.sharded import load_weights_
+from lightning_custom.sharded import is_sharded, load_weights_
 from lightning_custom.watch import Watch
 
 Loss = Callable[[Tensor, Tensor], Tensor | Mapping[str, Tensor]]
@@ -80,11 +81,11 @@ class ClassificationConfig(RunConfig):
     weight_decay: float = 0.01
     """Weight decay of the optimizer."""
     schedule: Literal["constant", "cosine", "one_cycle"] = "one_cycle"
-    """Learning rate over the run; cosine is preceded by warmup_steps."""
+    """Learning rate over the run."""
     warmup_steps: int = 0
-    """Steps of linear warm-up before cosine or constant."""
+    """Steps of linear warm-up before it."""
     decay_steps: int | None = None
-    """Length of the schedule; none: steps, which a resumed run can then not change."""
+    """Length of both together; none: steps, which a resumed run can then not change."""
     label_smoothing: float = 0.0
     """Probability mass spread over all classes in the training loss."""
     mixup: float = 0.0
@@ -94,13 +95,13 @@ class ClassificationConfig(RunConfig):
     clip_norm: float = 0.0
     """Largest norm of the whole gradient; 0: no clipping."""
     average: Literal["none", "ema", "swa"] = "none"
-    """Average of the weights that is validated instead of them: exponential, or equal from average_start on."""
+    """Average of the weights that is validated instead of them: exponential, or of equal parts."""
     average_decay: float = 0.99
     """What an exponential average keeps of itself at each update."""
     average_start: int = 0
-    """Step from which on weights are averaged."""
+    """Step from which on weights are averaged; before it the average is the model itself."""
     shift: int = 1
-    """Training images are shifted by up to this many pixels."""
+    """Training images [B, C, H, W] in [-1, 1] are shifted by up to this many pixels; 0: not."""
     flip: bool = False
     """Mirror half of the training images."""
     width: int = 32
@@ -115,6 +116,11 @@ class ClassificationConfig(RunConfig):
     """Data set: digits comes with scikit-learn, the others are read from data_root."""
     data_root: str | None = None
     """Directory in torchvision's layout (FashionMNIST/raw, MNIST/raw, cifar-10-batches-py)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(self, {"batch_size": 1, "accumulate": 1, "decay_steps": 1, "patience": 0, "warmup_steps": 0})
+        require_at_least(self, {"mixup": 0, "sam": 0, "clip_norm": 0, "watch_every": 0, "num_workers": 0, "shift": 0})
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -136,10 +142,8 @@ class ClassificationState:
     batches: Batches
     confusion: ConfusionMatrix
     metrics: MetricLogger
-    best: float | None = None
-    """Best validation score so far."""
     stale: int = 0
-    """Validations since it."""
+    """Validations since the best."""
     step: int = 0
     """Optimizer updates done."""
 
@@ -165,20 +169,14 @@ def train(
     loss = loss or partial(cross_entropy, label_smoothing=config.label_smoothing)
     if config.compile:
         model.compile()
-    make_optimizer = optimizer or default_optimizer(config)
     model = fabric.setup_module(model)
-    optimizer_ = cast("Optimizer", fabric.setup_optimizers(make_optimizer(model.parameters())))
+    make_optimizer = optimizer or default_optimizer(config)
     state = ClassificationState(
         model=model,
-        optimizer=optimizer_,
+        optimizer=cast("Optimizer", fabric.setup_optimizers(make_optimizer(model.parameters()))),
         average=weight_average(config, model),
         batches=Batches(
-            fabric,
-            train_data,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            num_workers=config.num_workers,
-            seed_samples=not isinstance(train_data, TensorDataset),  # random transforms must not depend on workers
+            fabric, train_data, batch_size=config.batch_size, seed=config.seed, num_workers=config.num_workers
         ),
         confusion=ConfusionMatrix(num_classes, fabric),
         metrics=MetricLogger(fabric, config.run_dir, hyperparameters=config, headline=["val/accuracy", "val/loss"]),
@@ -194,7 +192,7 @@ def train(
 
         while state.step < config.steps and not out_of_patience(config, state):
             rng = seed_step(config.seed, state.step, fabric)
-            schedules.set_learning_rate(optimizer_, schedule, state.step)
+            schedules.set_learning_rate(state.optimizer, schedule, state.step)
             watch.begin(state.step + 1)
 
             # Gradient of the loss, averaged over the parts of the batch and over processes.
@@ -206,9 +204,11 @@ def train(
                 with sam_ascent(model.parameters(), config.sam):
                     backward(fabric, state, loss, inputs, targets, config.accumulate)
             if config.clip_norm:
-                fabric.clip_gradients(model, optimizer_, max_norm=config.clip_norm, error_if_nonfinite=False)
-            optimizer_.step()
-            if state.average is not None and state.step >= config.average_start:
+                fabric.clip_gradients(model, state.optimizer, max_norm=config.clip_norm, error_if_nonfinite=False)
+            state.optimizer.step()
+            if state.average is not None:
+                if state.step <= config.average_start:
+                    state.average.n_averaged.zero_()  # until then the average is the model itself
                 state.average.update_parameters(unwrap(model))
 
             state.step += 1
@@ -221,7 +221,12 @@ def train(
                 progress.report(state.step, state.metrics.flush(state.step, known))
             validation: dict[str, float] = {}
             if due(state.step, config.validate_every, last=config.steps):
-                validation = validate(fabric, config, state, val_data, loss, val_metrics)
+                validation, counts = evaluate(fabric, state, val_data, loss, "val/", val_metrics)
+                if config.best not in validation:
+                    raise ConfigError(f"best: {config.best!r} is not a score; there are {', '.join(validation)}")
+                state.stale = 0 if checkpointer.is_best(validation) else state.stale + 1
+                for tag, matrix in (("train/confusion", state.confusion.latest), ("val/confusion", counts)):
+                    state.metrics.image(state.step, tag, matrix_picture(matrix))
                 progress.report(state.step, state.metrics.record(state.step, validation))
             if checkpointer.due(state.step) or checkpointer.is_best(validation) or out_of_patience(config, state):
                 checkpointer.save(state, validation)
@@ -288,71 +293,49 @@ def default_optimizer(config: ClassificationConfig) -> Callable[[Any], Optimizer
 
 def learning_rate(config: ClassificationConfig) -> schedules.Schedule:
     """The learning rate that the config names, as a function of the step."""
-    length = config.decay_steps or config.steps
-    if config.schedule == "one_cycle":
-        return schedules.OneCycle(config.lr, length)
+    length = max((config.decay_steps or config.steps) - config.warmup_steps, 1)
     rest: schedules.Schedule = schedules.Constant(config.lr)
-    if config.schedule == "cosine":
-        rest = schedules.Cosine(config.lr, max(length - config.warmup_steps, 1))
+    if config.schedule != "constant":
+        rest = (schedules.Cosine if config.schedule == "cosine" else schedules.OneCycle)(config.lr, length)
     return schedules.with_warmup(rest, config.warmup_steps) if config.warmup_steps else rest
 
 
 def weight_average(config: ClassificationConfig, model: nn.Module) -> AveragedModel | None:
-    """The average of the weights that the config names; buffers are averaged, or copied, alike."""
+    """The average of the weights that the config names; buffers are the model's own."""
     if config.average == "none":
         return None
+    if next(model.parameters()).dtype is torch.bfloat16:
+        raise ConfigError("average: bf16-true rounds its small updates away; use --precision bf16-mixed, or none")
+    if is_sharded(unwrap(model)):
+        raise ConfigError("average: fsdp leaves no process with the weights to average; use --strategy ddp, or none")
     function = get_swa_multi_avg_fn() if config.average == "swa" else get_ema_multi_avg_fn(config.average_decay)
-    return AveragedModel(unwrap(model), multi_avg_fn=function, use_buffers=True)
+    return AveragedModel(unwrap(model), multi_avg_fn=function)
 
 
-def validate(
-    fabric: Fabric,
-    config: ClassificationConfig,
-    state: ClassificationState,
-    data: Any,
-    loss: Loss,
-    metrics: MetricCollection | None,
-) -> dict[str, float]:
-    """Score the model, or its average, on ``data``, and count validations since the best."""
-    scores, counts = evaluate(fabric, config, state, data, loss, "val/", metrics)
-    state.metrics.image(state.step, "val/confusion", matrix_picture(counts))
-    if config.best not in scores:
-        raise ConfigError(f"best: {config.best!r} is not a score of the validation; there are {', '.join(scores)}")
-    value = scores[config.best]
-    better = state.best is None or (value < state.best if config.best_mode == "min" else value > state.best)
-    state.best, state.stale = (value, 0) if better else (state.best, state.stale + 1)
-    return scores
-
-
-@torch.no_grad()
 def evaluate(
     fabric: Fabric,
-    config: ClassificationConfig,
     state: ClassificationState,
     data: Any,
     loss: Loss,
     prefix: str,
     metrics: MetricCollection | None = None,
 ) -> tuple[dict[str, float], Tensor]:
-    """Scores over every sample of ``data`` once, on all processes together, and the confusion counts ``[K, K]``."""
+    """Scores of the model, or its average, over every sample of ``data`` once, and the confusion counts ``[K, K]``."""
     model: Any = state.model
-    if state.average is not None and state.step > config.average_start:
+    if state.average is not None:
         model = Bare(state.average.module, fabric.strategy.precision)
-    confusion = ConfusionMatrix(state.confusion.num_classes, fabric)
-    sums = MetricLogger(fabric, None)
-    unwrap(state.model).eval()
-    for inputs, labels in evaluation_batches(fabric, data, batch_size=500 * fabric.world_size):
-        logits = model(inputs)
-        confusion.update(logits, labels)
-        sums.update(loss_by_tag(loss(logits, labels), prefix), weight=len(labels))
-        if metrics is not None:
+    confusion, sums = ConfusionMatrix(state.confusion.num_classes, fabric), MetricLogger(fabric, None)
+    metrics = MetricCollection({}) if metrics is None else metrics.to(fabric.device)
+    with evaluating(state.model if state.average is None else state.average):
+        for inputs, labels in evaluation_batches(fabric, data, batch_size=500 * fabric.world_size):
+            logits = model(inputs)
+            confusion.update(logits, labels)
+            sums.update(loss_by_tag(loss(logits, labels), prefix), weight=len(labels))
             metrics.update(logits, labels)
-    unwrap(state.model).train()
     result = confusion.compute()
     scores = {**sums.means(), **result.scores(prefix)}
-    if metrics is not None:
-        scores |= {f"{prefix}{name}": float(value) for name, value in metrics.compute().items()}
-        metrics.reset()
+    scores |= {f"{prefix}{name}": float(value) for name, value in metrics.compute().items()}
+    metrics.reset()
     return scores, result.counts
 
 
@@ -398,17 +381,17 @@ def summary(
     fabric: Fabric, config: ClassificationConfig, state: ClassificationState, test_data: Images, seconds: float
 ) -> None:
     """Test the best checkpoint and print the result, where the run is, and how to look at it."""
-    part = "model" if state.average is None else "average"
-    best = load_module(str(config.run_dir), part)
-    load_weights_(unwrap(state.model) if state.average is None else state.average, best)
-    scores, _ = evaluate(fabric, config, state, test_data.dataset(), cross_entropy, "test/")
+    run_dir = Path(str(config.run_dir))
+    load_weights_(unwrap(state.average or state.model), load_module(run_dir, "average" if state.average else "model"))
+    scores, _ = evaluate(fabric, state, test_data.dataset(), cross_entropy, "test/")
     if fabric.global_rank == 0:
+        best = read_best(run_dir) or {config.best: float("nan")}
         print(
             f"\ntest accuracy {scores['test/accuracy']:.2%}   F1 {scores['test/f1']:.4f}   "
-            f"loss {scores['test/loss']:.4f}   (best checkpoint by {config.best}: {state.best:.4f})\n"
+            f"loss {scores['test/loss']:.4f}   (best checkpoint by {config.best}: {best[config.best]:.4f})\n"
             f"{config.steps * config.batch_size / seconds:,.0f} images/s   {seconds:.1f} s\n"
-            f"run: {config.run_dir}\n"
-            f"look: tensorboard --logdir {config.run_dir}",
+            f"run: {run_dir}\n"
+            f"look: tensorboard --logdir {run_dir}",
             flush=True,
         )
 

@@ -8,8 +8,8 @@ torchmetrics, means of 50 steps to TensorBoard, a bar as on a terminal. Raw PyTo
 
 All have the same network, optimizer, batch size and data in memory, one pass of it. Where there was a choice the peers
 got the faster: whole batches are indexed at once, metrics are updated in each step and computed once in 50 (a metric's
-``forward``, which Lightning's pages show, computes in each), no schedule, and no deterministic algorithms, under which
-torchmetrics counts by a slower way. The clock is in the network: from one forward pass to the one 100 steps later, two
+``forward``, which Lightning's pages show, computes in each), and no deterministic algorithms, under which torchmetrics
+counts by a slower way. The clock is in the network: from one forward pass to the one 100 steps later, two
 rows of metrics between them, so construction, the first steps and what follows the last are left out for all alike.
 ``test_classification_step.py`` proves that all do the same work. A peer that is not installed is left out.
 """
@@ -65,10 +65,10 @@ class Task:
         return len(self.data) // self.batch_size
 
     def config(self, run_dir: str | None = None) -> ClassificationConfig:
-        """The recipe's defaults, with the same data to each step as all have: no shifted images."""
+        """The recipe's defaults, but images are not shifted, and the learning rate set in each step is the same."""
         return ClassificationConfig(
             steps=self.steps, batch_size=self.batch_size, log_every=LOG_EVERY, validate_every=0, checkpoint_every=0,
-            shift=0, run_dir=run_dir, accelerator="cpu", devices=1, threads=1,
+            schedule="constant", shift=0, run_dir=run_dir, accelerator="cpu", devices=1, threads=1,
         )  # fmt: skip
 
     def optimizer(self, model: nn.Module) -> Optimizer:
@@ -202,20 +202,22 @@ def accelerate_loop(task: Task, model: nn.Module, folder: str) -> None:
     accelerator.end_training()
 
 
-PEERS: dict[str, Loop] = {"Lightning Trainer": trainer_loop}
-if importlib.util.find_spec("accelerate") is not None:
-    PEERS["Hugging Face accelerate"] = accelerate_loop
+HAS_ACCELERATE = importlib.util.find_spec("accelerate") is not None
+PEERS: dict[str, Loop] = {
+    "Lightning Trainer": trainer_loop,
+    **({"Hugging Face accelerate": accelerate_loop} if HAS_ACCELERATE else {}),
+}
 LOOPS: dict[str, Loop] = {BARE: fabric_loop, RECIPE: recipe_loop, "raw PyTorch": raw_loop, **PEERS}
 
 
-def run(loop: Loop, task: Task) -> Clocked:
-    """Train a fresh network by ``loop`` in a folder of its own, in silence."""
+def run(loop: Loop, task: Task, folder: str) -> Clocked:
+    """Train a fresh network by ``loop``, in silence."""
     torch.manual_seed(0)
     model = Clocked(task.network())
     make_deterministic(False)
     gc.collect()  # what the round before left is not this one's to pay for
     logging.disable(logging.WARNING)
-    with tempfile.TemporaryDirectory() as folder, quiet(), warnings.catch_warnings():
+    with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loop(task, model, folder)
     logging.disable(logging.NOTSET)
@@ -226,7 +228,8 @@ def contender(loop: Loop, task: Task, seconds: list[float]) -> Contender:
     """A round of ``loop``; what it takes is also kept in ``seconds``."""
 
     def once() -> float:
-        times = run(loop, task).times
+        with tempfile.TemporaryDirectory() as folder:
+            times = run(loop, task, folder).times
         seconds.append((times[WARM_UP + MEASURED] - times[WARM_UP]) / MEASURED)
         return seconds[-1]
 
@@ -264,13 +267,9 @@ def comparison_table(title: str, task: Task, rounds: int, target: float | None =
 
 def versions() -> str:
     """The versions of what is compared."""
-    installed = ["lightning", "torchmetrics"]
-    missing = []
-    (installed if accelerate_loop in PEERS.values() else missing).append("accelerate")
-    return ", ".join(
-        [f"{name} {importlib.metadata.version(name)}" for name in installed]
-        + [f"{name} left out: not installed (pip install {name})" for name in missing]
-    )
+    names = ["lightning", "torchmetrics", *(["accelerate"] if HAS_ACCELERATE else [])]
+    found = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    return found if HAS_ACCELERATE else f"{found}; accelerate is not installed and left out (pip install accelerate)"
 
 
 def report(rounds: int = ROUNDS) -> str:

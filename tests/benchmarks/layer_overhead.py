@@ -72,12 +72,12 @@ def batch_of(size: int) -> Batch:
     return torch.randn(size, 784, generator=generator), torch.randint(CLASSES, (size,), generator=generator)
 
 
-def raw_loop(batch: Batch) -> Iterator[None]:
-    """Raw PyTorch; each ``next`` does :data:`STEPS` steps, here and below."""
+def raw_loop(batch: Batch, steps: int = STEPS) -> Iterator[None]:
+    """Raw PyTorch; each ``next`` does ``steps`` steps, in the loops below :data:`STEPS`."""
     model = network()
     optimizer = AdamW(model.parameters(), fused=True)
     while True:
-        for _ in range(STEPS):
+        for _ in range(steps):
             loss = cross_entropy(model(batch[0]), batch[1])
             optimizer.zero_grad()
             loss.backward()
@@ -121,21 +121,19 @@ def layer_loop(fabric: Fabric, batch: Batch, config: RunConfig) -> Iterator[None
                 metrics.update({"train/loss": loss})
                 progress.show(state.step)
                 if due(state.step, config.log_every, last=config.steps):
-                    scores = confusion.compute().scores("train/")
-                    confusion.reset()
-                    progress.report(state.step, metrics.flush(state.step, scores))
+                    progress.report(state.step, metrics.flush(state.step, confusion.flush("train/")))
                 if checkpointer.due(state.step):
                     checkpointer.save(state)
             yield
 
 
 def batch_size_for(seconds: float) -> int:
-    """The batch whose raw step takes about ``seconds``: by a line through the fastest of two sizes."""
+    """The batch whose raw step takes about ``seconds``: by a line through the fastest steps of two sizes."""
     fastest = {}
     for size in (32, 128):
-        loop = raw_loop(batch_of(size))
-        next(loop)
-        fastest[size] = min(stopwatch(lambda loop=loop: next(loop), STEPS, time.perf_counter)() for _ in range(3))
+        loop = raw_loop(batch_of(size), steps=1)
+        step = stopwatch(lambda loop=loop: next(loop), 1, time.perf_counter)
+        fastest[size] = min(step() for _ in range(150))
     slope = (fastest[128] - fastest[32]) / 96
     return max(round(32 + (seconds - fastest[32]) / slope), 8)
 

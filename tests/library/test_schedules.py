@@ -114,6 +114,8 @@ EQUALS = {
 }
 
 
+# Of torch 2.6's own SequentialLR.
+@pytest.mark.filterwarnings("ignore:The epoch parameter")
 @pytest.mark.parametrize("name", EQUALS)
 def test_equals_torch_over_the_whole_course(name):
     schedule, scheduler_of, steps = EQUALS[name]

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -13,7 +14,6 @@ import pytest
 import torch
 
 from lightning_custom.checkpoint import Checkpointer
-from lightning_custom.loop import StepRandom
 from lightning_custom.metrics import read_rows
 from lightning_custom.precision import unwrap
 from lightning_custom.state import capture, components
@@ -70,7 +70,7 @@ def test_a_run_stopped_at_every_step_equals_straight_run(case, tmp_path):
 def test_resume_is_not_exact_where_randomness_has_a_history(case, tmp_path):
     history = torch.Generator().manual_seed(0)
     with (
-        patch(f"{case.module}.seed_step", lambda *_: StepRandom(shared=history, local=history)),
+        patch(f"{case.module}.seed_step", lambda *_: SimpleNamespace(shared=history, local=history)),
         pytest.raises(AssertionError, match="differs by up to"),
     ):
         assert_resumes_exactly(case.run, case.config, stop_at=BETWEEN_FLUSHES, folder=tmp_path)
