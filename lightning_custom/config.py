@@ -81,6 +81,7 @@ INVOCATION_FIELDS = frozenset({"run_dir", "resume", "stop_at", "max_time", "repl
 CHANGEABLE_FIELDS = INVOCATION_FIELDS | {
     "log_every", "validate_every", "checkpoint_every", "keep",
     "accelerator", "devices", "num_nodes", "strategy", "precision", "threads", "deterministic",
+    "data_root", "num_workers", "watch_every", "compile",
 }  # fmt: skip
 """What a resumed run may change; a change of the machine is warned of by the checkpoint's manifest."""
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from lightning_custom import storage
 from lightning_custom.errors import ConfigError, NonFiniteError
 from lightning_custom.precision import unwrap
+from lightning_custom.sharded import local_part
 
 MARKER = ".replay"
 
@@ -61,7 +63,8 @@ class FiniteGuard:
 
 def _check_output(where: str, kind: str) -> Callable[[nn.Module, Any, Any], None]:
     def check(layer: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.is_floating_point() and not _is_finite(output):
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        if not all(map(_is_finite, tensors)):
             raise NonFiniteError(f"the output of {where} ({kind}) is the first that is not finite")
 
     return check
@@ -79,4 +82,4 @@ def _is_finite(tensor: Tensor) -> bool:
     # Under torch.func a tensor has no value to ask for.
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return True
-    return bool(tensor.detach().isfinite().all())
+    return bool(local_part(tensor.detach()).isfinite().all())

@@ -67,7 +67,7 @@ def gather_module(module: nn.Module) -> dict[str, Any]:
 def load_weights_(module: nn.Module, content: dict[str, Any]) -> None:
     """Load a whole state dict, which every process gives, into a module, sharded or not."""
     if is_sharded(module):
-        set_model_state_dict(module, content, options=_FULL)
+        set_model_state_dict(module, dict(content), options=_FULL)  # torch puts its parts into the dict it is given
     else:
         module.load_state_dict(content)
 
@@ -79,10 +79,9 @@ def gather_optimizer(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         return {}
     names = [name for group in content["param_groups"] for name in group["params"]]
     index = {name: i for i, name in enumerate(names)}
-    groups = [{**group, "params": [index[name] for name in group["params"]]} for group in content["param_groups"]]
     return {
         "state": {index[name]: entry for name, entry in content["state"].items()},
-        "param_groups": groups,
+        "param_groups": optimizer.state_dict()["param_groups"],
     }
 
 
@@ -91,5 +90,5 @@ def cut_optimizer_(module: nn.Module, optimizer: Optimizer, content: dict[str, A
     name_of = {id(parameter): name for name, parameter in module.named_parameters()}
     names = [name_of[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     groups = [{**group, "params": [names[i] for i in group["params"]]} for group in content["param_groups"]]
-    named: Any = {"state": {names[i]: entry for i, entry in content["state"].items()}, "param_groups": groups}
+    named: Any = {"state": {names[i]: dict(entry) for i, entry in content["state"].items()}, "param_groups": groups}
     set_optimizer_state_dict(module, optimizer, named, options=_FULL)

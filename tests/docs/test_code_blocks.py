@@ -6,6 +6,7 @@ on the line before keeps a block from running. ```console blocks hold commands, 
 """
 
 import dataclasses
+import importlib
 import re
 import runpy
 import shlex
@@ -25,7 +26,6 @@ import yaml
 from lightning_custom import cli
 from lightning_custom.config import stored_fields
 from lightning_custom.errors import ConfigError
-from recipes.gan import GANConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -148,6 +148,8 @@ def check_command(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatc
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         for names in re.findall(r"\[([\w,]+)\]", words[-1]):
             assert set(names.split(",")) <= extras.keys(), f"{shlex.join(words)}: no such extra"
+    elif words[:2] == ["python", "-m"]:
+        assert (ROOT / f"{words[2].replace('.', '/')}.py").exists(), f"{shlex.join(words)}: no {words[2]}"
     elif words[0] == "python":
         assert (ROOT / words[1]).exists(), f"{shlex.join(words)}: no {words[1]}"
     elif "/" in words[0]:
@@ -205,10 +207,14 @@ def test_links_lead_to_files_and_quotations_are_in_them(page):
                 assert quoted[1] in target.read_text(), f"{page}: {target.name} has no line {quoted[1]!r}"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "settings of GANConfig" in page.read_text()])
+SETTINGS = re.compile(r"settings of (\w+Config)")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if SETTINGS.search(page.read_text())], ids=lambda page: page.stem)
 def test_settings_tables_state_the_defaults_of_the_code(page):
+    config = getattr(importlib.import_module(f"recipes.{page.stem}"), SETTINGS.search(page.read_text())[1])
     rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", page.read_text(), re.MULTILINE)
-    defaults = {field.name: str(field.default) for field in dataclasses.fields(GANConfig)}
+    defaults = {field.name: str(field.default) for field in dataclasses.fields(config)}
     assert rows
     assert {name: defaults.get(name) for name, _ in rows} == dict(rows)
 
