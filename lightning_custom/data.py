@@ -1,7 +1,9 @@
 """Batches whose k-th is a function of (seed, k): resumable anywhere, the same for any number of processes."""
 
+import atexit
 import random
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
@@ -95,6 +97,8 @@ class Batches:
                 multiprocessing_context=self._multiprocessing_context,
             )
             self._iterator = iter(loader)
+            if self._num_workers:
+                atexit.register(_end_workers, weakref.ref(self._iterator))
         return next(self._iterator)
 
     def _next_of_iterable(self, position: int) -> Any:
@@ -263,3 +267,9 @@ def _is_plain(dataset: Any, collate: Callable[[list[Any]], Any] | None) -> bool:
 
 def _start_worker(worker: int) -> None:
     ignore_stop_signals()
+
+
+def _end_workers(iterator: Any) -> None:
+    # At exit multiprocessing would end them by a signal, which they ignore, and wait for them for ever.
+    if iterator() is not None:
+        iterator()._shutdown_workers()

@@ -12,6 +12,8 @@ from lightning.fabric import Fabric
 
 from lightning_custom.errors import ConfigError
 
+_HAS_MPS = torch.backends.mps.is_available()
+
 
 def due(step: int, every: int, *, last: int | None = None) -> bool:
     """Whether an action that happens every ``every`` steps, and after step ``last``, happens after ``step``.
@@ -51,10 +53,8 @@ def hash_seed(*parts: int | str) -> int:
     >>> hash_seed(0, 1) != hash_seed(1, 0)
     True
     """
-    digest = hashlib.blake2b(digest_size=4)
-    for part in parts:
-        digest.update(struct.pack("<q", part) if isinstance(part, int) else part.encode() + b"\0")
-    return int.from_bytes(digest.digest(), "little")
+    content = [struct.pack("<q", part) if isinstance(part, int) else part.encode() + b"\0" for part in parts]
+    return int.from_bytes(hashlib.blake2b(b"".join(content), digest_size=4).digest(), "little")
 
 
 def seed_step(seed: int, step: int, fabric: Fabric, *, stream: str = "train") -> StepRandom:
@@ -73,7 +73,7 @@ def _seed_default_generators(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
-    elif torch.backends.mps.is_available():
+    elif _HAS_MPS:
         torch.mps.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)

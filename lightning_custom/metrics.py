@@ -75,10 +75,11 @@ class MetricLogger:
         """
         if weight is None:
             weight = 1 / self._fabric.world_size
-        sums = [self._open_sum(tag, weight) for tag in values]
-        tensors = [self._scalar(tag, value) for tag, value in values.items()]
-        if sums and weight:  # an empty part of a batch has no mean
-            torch._foreach_add_(sums, tensors, alpha=weight)
+        for tag, value in values.items():
+            total = self._open_sum(tag, weight)
+            number = _one_number(tag, value) if isinstance(value, Tensor) else value
+            if weight:  # an empty part of a batch has no mean
+                total.add_(number, alpha=weight)
 
     def _open_sum(self, tag: str, weight: float) -> Tensor:
         if tag not in self._sums:
@@ -86,13 +87,6 @@ class MetricLogger:
             self._weights[tag] = 0.0
         self._weights[tag] += weight
         return self._sums[tag]
-
-    def _scalar(self, tag: str, value: Tensor | float) -> Tensor:
-        if isinstance(value, Tensor):
-            if value.numel() != 1:
-                raise ValueError(f"metrics: {tag} has shape {tuple(value.shape)}; log one number, such as its mean")
-            return value.detach() if value.dim() == 0 else value.detach().reshape(())
-        return torch.tensor(value, dtype=self._dtype, device=self._fabric.device)
 
     def flush(self, step: int, known: Mapping[str, float] | None = None) -> dict[str, float]:
         """Write the means since the last flush as the row of ``step``, start anew, and return them everywhere.
@@ -202,6 +196,12 @@ class MetricLogger:
             for tag, total in part["sums"].items():
                 self._sums[tag] += total.to(self._fabric.device)
                 self._weights[tag] += part["weights"][tag]
+
+
+def _one_number(tag: str, value: Tensor) -> Tensor:
+    if value.numel() != 1:
+        raise ValueError(f"metrics: {tag} has shape {tuple(value.shape)}; log one number, such as its mean")
+    return value.detach() if value.dim() == 0 else value.detach().reshape(())
 
 
 def _cut_rows(path: Path, step: int | None) -> None:

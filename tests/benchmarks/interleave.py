@@ -72,12 +72,12 @@ def stopwatch(work: Callable[[], object], steps: int, clock: Callable[[], float]
 
 def table(title: str, results: Sequence[Result]) -> str:
     """The results as lines of text, the reference first."""
-    lines = [f"{title:<44} {'ms/step':>9} {'ratio':>7} {'quartiles':>13} {'extra us':>9}  target"]
+    lines = [f"{title:<50} {'ms/step':>9} {'ratio':>7} {'quartiles':>13} {'extra us':>9}  target"]
     for result in results:
         lower, upper = result.ratio_quartiles
         target = "" if result.target is None else f"{result.target:.2f} {_verdict(result)}"
         line = (
-            f"  {result.name:<42} {result.seconds * 1e3:9.3f} {result.ratio:7.3f} "
+            f"  {result.name:<48} {result.seconds * 1e3:9.3f} {result.ratio:7.3f} "
             f"{f'{lower:.3f}-{upper:.3f}':>13} {result.extra_seconds * 1e6:9.1f}  {target}"
         )
         lines.append(line.rstrip())

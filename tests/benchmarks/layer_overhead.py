@@ -208,8 +208,8 @@ def pieces_table(rounds: int, calls: int = 100) -> str:
                 for name, piece in pieces(fabric, checkpointer, folder).items()
             }
             results = interleave(contenders, rounds)
-    lines = [f"  {result.name:<42} {result.seconds * 1e6:9.1f}" for result in results]
-    return "\n".join([f"{'one call of':<44} {'us':>9}", *lines])
+    lines = [f"  {result.name:<48} {result.seconds * 1e6:9.1f}" for result in results]
+    return "\n".join([f"{'one call of':<50} {'us':>9}", *lines])
 
 
 def report(rounds: int = ROUNDS) -> str:

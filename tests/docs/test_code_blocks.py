@@ -210,7 +210,9 @@ def test_links_lead_to_files_and_quotations_are_in_them(page):
 SETTINGS = re.compile(r"settings of (\w+Config)")
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if SETTINGS.search(page.read_text())], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if SETTINGS.search(page.read_text())], ids=lambda page: page.stem
+)
 def test_settings_tables_state_the_defaults_of_the_code(page):
     config = getattr(importlib.import_module(f"recipes.{page.stem}"), SETTINGS.search(page.read_text())[1])
     rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", page.read_text(), re.MULTILINE)

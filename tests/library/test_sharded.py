@@ -64,6 +64,10 @@ def train(model, optimizer, steps=3):
         optimizer.step()
 
 
+def gathered(model, optimizer):
+    return {"module": gather_module(model), "optimizer": gather_optimizer(model, optimizer)}
+
+
 def compare(fabric):
     plain, make = model_and_optimizer(0)
     plain_optimizer = make()
@@ -74,17 +78,18 @@ def compare(fabric):
 
     # Into a model and an optimizer that have seen nothing, and out again.
     other, other_optimizer = sharded_model_and_optimizer(1)
-    load_weights_(other, stored["module"])
-    cut_optimizer_(other, other_optimizer, stored["optimizer"])
-    loaded = {"module": gather_module(other), "optimizer": gather_optimizer(other, other_optimizer)}
+    given = copy.deepcopy(stored)
+    load_weights_(other, given["module"])
+    cut_optimizer_(other, other_optimizer, given["optimizer"])
+    loaded = copy.deepcopy(gathered(other, other_optimizer))
     train(other, other_optimizer, steps=2)
     train(plain, plain_optimizer, steps=2)
 
     return {
         "stored": stored,
-        "gathered": {"module": gather_module(sharded), "optimizer": gather_optimizer(sharded, optimizer)},
+        "gathered": gathered(sharded, optimizer),
         "loaded": loaded,
-        "trained on": {"module": gather_module(other), "optimizer": gather_optimizer(other, other_optimizer)},
+        "trained on": gathered(other, other_optimizer),
         "trained on unsharded": {"module": dict(plain.state_dict()), "optimizer": plain_optimizer.state_dict()},
         "whole": {name: whole(parameter.detach()) for name, parameter in sharded.named_parameters()},
         "held": sum(local_part(parameter.detach()).numel() for parameter in sharded.parameters()),
