@@ -58,6 +58,7 @@ class Batches:
         self._source = source
         self._is_map = hasattr(source, "__getitem__") and isinstance(source, Sized)
         self._iterator: Iterator[Any] | None = None
+        self._in_place = False
         self._num_workers, self._multiprocessing_context = num_workers, multiprocessing_context
         self._collate = collate or default_collate
         if self._is_map:
@@ -69,6 +70,7 @@ class Batches:
             self._dataset: Any = SeededSamples(source, seed) if seed_samples else source
             self._order = GlobalOrder(len(source), batch_size, seed, fabric.global_rank, fabric.world_size)
             self._tensors: tuple[Tensor, ...] | None = source.tensors if in_memory else None
+            self._in_place = in_memory and all(tensor.device == fabric.device for tensor in source.tensors)
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -77,7 +79,8 @@ class Batches:
         """The next batch; its position counts as handed out."""
         batch = self._next_of_dataset() if self._is_map else self._next_of_iterable(self.position)
         self.position += 1
-        return move_data_to_device(batch, self._fabric.device)
+        # Fabric's walk through a batch takes up to 20 microseconds even where nothing has to move.
+        return batch if self._in_place else move_data_to_device(batch, self._fabric.device)
 
     def _next_of_dataset(self) -> Any:
         if self._tensors is not None:

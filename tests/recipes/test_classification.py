@@ -314,10 +314,8 @@ def test_the_average_is_the_model_until_its_start_and_then_the_mean_of_its_weigh
 
 @pytest.mark.parametrize("best, mode, choose", [("val/loss", "min", min), ("val/class_accuracy/3", "max", max)])
 def test_the_best_checkpoint_is_that_of_the_named_score(best, mode, choose, tmp_path):
-    config = dataclasses.replace(
-        SMALL, steps=16, validate_every=2, best=best, best_mode=mode, lr=0.05, keep=1, run_dir=str(tmp_path)
-    )
-    config = dataclasses.replace(config, schedule="constant", lr=0.1)
+    config = dataclasses.replace(SMALL, steps=16, validate_every=2, schedule="constant", lr=0.1, keep=1)
+    config = dataclasses.replace(config, best=best, best_mode=mode, run_dir=str(tmp_path))
     train(single_process(), config, train_data=part(0, 100))
     found = {row["step"]: row[best] for row in read_rows(tmp_path) if best in row}
     value = choose(found.values())
