@@ -44,7 +44,8 @@ def launch(config: RunConfig) -> Fabric:
         fabric = Fabric(accelerator=config.accelerator, num_nodes=num_nodes, **options)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"accelerator, devices, strategy, precision: {' '.join(str(error).split())}") from error
-    fabric.launch()
+    if "LT_CLI_USED" not in os.environ:  # fabric run has connected the processes, and Fabric refuses to do it again
+        fabric.launch()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     return fabric

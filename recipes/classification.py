@@ -64,9 +64,9 @@ class ClassificationConfig(RunConfig):
     """Steps between two checkpoints; 0: only at the end or when stopped."""
     log_every: int = 50
     """Steps between two rows of metrics."""
-    best: str = "val/accuracy"
+    best: str = "val/loss"
     """Score by which the best checkpoint is chosen."""
-    best_mode: Literal["min", "max"] = "max"
+    best_mode: Literal["min", "max"] = "min"
     """Whether the best score is the smallest or the largest."""
     patience: int = 0
     """Validations without a new best score after which the run is complete; 0: never."""
@@ -104,6 +104,8 @@ class ClassificationConfig(RunConfig):
     """Training images [B, C, H, W] in [-1, 1] are shifted by up to this many pixels; 0: not."""
     flip: bool = False
     """Mirror half of the training images."""
+    threads: int | None = 1
+    """CPU threads of each process: one is enough for the small images of the default, and never waits for another."""
     width: int = 32
     """Channels of the network's first layer."""
     watch_every: int = 0
@@ -127,7 +129,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "digits": {},
     "fashion-mnist": {
         "data": "fashion-mnist", "steps": 4700, "batch_size": 128, "validate_every": 470, "checkpoint_every": 470,
-        "log_every": 47, "flip": True,
+        "log_every": 47, "flip": True, "threads": None,
     },
 }  # fmt: skip
 

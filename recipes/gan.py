@@ -357,7 +357,7 @@ def sample(request: SampleConfig) -> None:
     columns = config.num_classes or math.ceil(math.sqrt(request.count))
     latents = torch.randn(request.count, config.latent_size, generator=torch.Generator().manual_seed(request.seed))
     images = sampler(config, generator, torch.device("cpu"))(latents, torch.arange(request.count) % columns)
-    grid = image_grid((images + 1) / 2, columns, scale=max(1, 32 // images.shape[-1]))
+    grid = image_grid((images + 1) / 2, columns, scale=max(1, 64 // images.shape[-1]))
     try:
         Path(request.out).write_bytes(png_bytes(grid))
     except OSError as error:

@@ -49,7 +49,7 @@ WARM_UP, MEASURED = 25, 100
 """Steps before the clock starts, and steps that it runs."""
 RECIPE, BARE = "recipes.classification", "bare Fabric"
 TARGET = 1.02
-ROUNDS = 15
+ROUNDS = 11
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
 import random
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -253,3 +256,15 @@ def test_evaluation_sees_every_sample_once_in_order_and_as_many_batches_on_every
 def test_batches_arrive_on_the_device_of_the_fabric():
     fabric = single_process()
     assert next(Batches(fabric, Indices(2), batch_size=2, seed=0)).device == fabric.device
+
+
+def test_a_program_that_holds_its_batches_to_the_end_ends():
+    """Workers ignore the signal that would end them at exit, and would be waited for for ever."""
+    program = (
+        "from lightning_custom.data import Batches\n"
+        "from lightning_custom.testing import single_process\n"
+        "batches = Batches(single_process(), list(range(40)), batch_size=4, seed=0, num_workers=2)\n"
+        "next(batches)\n"
+        "held = batches._iterator\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, cwd=Path(__file__).parents[2])

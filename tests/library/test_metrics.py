@@ -300,3 +300,10 @@ def test_open_sums_move_to_another_number_of_processes(results):
     alone.load_item_state_dict({**first["items"], **second["items"]})
     assert alone.flush(1)["a"] == 1.5
     assert first["from one"] == second["from one"] == 3.0
+
+
+def test_a_value_of_no_weight_counts_for_nothing_even_if_it_is_not_finite(tmp_path):
+    metrics = MetricLogger(single_process(), tmp_path)
+    metrics.update({"val/loss": torch.tensor(2.0)}, weight=3)
+    metrics.update({"val/loss": torch.tensor(float("nan"))}, weight=0)
+    assert metrics.means() == {"val/loss": 2.0}

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import random
 import re
@@ -364,7 +363,7 @@ def program(*words):
 
 def test_the_printed_test_accuracy_is_of_the_best_checkpoint(tmp_path, capsys):
     flags = ("--steps", 12, "--validate_every", 4, "--lr", 0.05, "--schedule", "constant", "--run_dir", tmp_path)
-    assert program(*flags) == 0
+    assert program(*flags, "--best", "val/accuracy", "--best_mode", "max") == 0
     _, _, test = classification.load_data(ClassificationConfig())
     accuracies = {}
     for which in ("best", "last"):
@@ -520,10 +519,11 @@ def test_a_replayed_step_has_the_bits_of_the_runs_row_and_leaves_the_run_as_it_i
     assert rows(folder) == rows(tmp_path) != []
 
 
-# Launchers and strategies. Each is a program of its own, so these have few steps.
+# Launchers and strategies. Each is a program of its own, so these have few steps. With half the width every channel
+# would be a group of its own: the gradient of the bias before it would be rounding alone, and Adam's step its sign.
 
 FLAGS = (
-    *("--accelerator", "cpu", "--threads", "1", "--width", "8", "--steps", "8", "--batch_size", "16"),
+    *("--accelerator", "cpu", "--threads", "1", "--width", "16", "--steps", "8", "--batch_size", "16"),
     *("--log_every", "2", "--validate_every", "4", "--checkpoint_every", "0", "--sam", "0.05", "--clip_norm", "0.5"),
 )
 TORCHRUN = ("-m", "torch.distributed.run")
@@ -581,11 +581,15 @@ def assert_same_run(expected, actual):
     assert one.keys() == other.keys()
     assert largest_difference(one, other) <= 1e-5
     assert largest_difference(one["optimizer"]["state"], other["optimizer"]["state"]) <= 1e-5
-    assert len(read_rows(expected)) == len(read_rows(actual))
-    for row, other_row in zip(read_rows(expected), read_rows(actual), strict=True):
-        for found in (row, other_row):
-            found.pop(STEPS_PER_SECOND, None)
-        assert other_row == pytest.approx(row, rel=1e-4, abs=1e-5)
+    assert rows_of(actual) == [pytest.approx(row, rel=1e-4, abs=1e-5) for row in rows_of(expected)]
+
+
+def rows_of(run_dir):
+    """The rows without what differs by nature; a class without samples has no accuracy."""
+    return [
+        {tag: -1 if value is None else value for tag, value in row.items() if tag != STEPS_PER_SECOND}
+        for row in read_rows(run_dir)
+    ]
 
 
 def free_port():
@@ -617,7 +621,7 @@ def test_two_processes_give_the_run_of_one(name, one_process, tmp_path):
 @pytest.mark.distributed
 @pytest.mark.parametrize("strategy", [(), ("--strategy", "ddp"), ("--strategy", "fsdp")], ids=["none", "ddp", "fsdp"])
 def test_fabric_run_gives_the_run_of_one(strategy, one_process, tmp_path):
-    fabric = ("-m", "lightning.fabric.cli", "run", "--accelerator", "cpu", "--devices", 2, *strategy)
+    fabric = ("-m", "lightning.fabric.cli", "--accelerator", "cpu", "--devices", 2, *strategy)
     fabric += ("--main-port", free_port(), "recipes/classification.py")
     launched(tmp_path / "log.txt", *fabric, *FLAGS, "--run_dir", tmp_path / "run")
     assert_same_run(one_process, tmp_path / "run")
@@ -740,16 +744,3 @@ def test_an_error_of_all_processes_is_said_once_with_its_status(flags, status, l
     assert found == status, text
     assert text.count("error: ") == 1
     assert line in text
-
-
-# Learning
-
-
-@pytest.mark.slow
-def test_digits_reach_98_5_percent_on_the_mean_of_three_seeds(tmp_path, capsys):
-    for seed in range(3):
-        words = ["--accelerator", "cpu", "--threads", "1", "--seed", str(seed), "--run_dir", str(tmp_path / str(seed))]
-        assert command_line(ClassificationConfig, classification.main, presets=PRESETS, arguments=words) == 0
-    found = [float(text) for text in re.findall(r"test accuracy ([\d.]+)%", capsys.readouterr().out)]
-    assert len(found) == 3
-    assert math.fsum(found) / 3 >= 98.5

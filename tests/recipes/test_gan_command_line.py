@@ -201,8 +201,8 @@ def test_sample_draws_the_averages_samples_a_column_a_class(finished, program, t
     status, printed, errors = program("sample", "--run_dir", run_dir, "--count", 25, "--out", out, "--which", "last")
     assert (status, printed, errors) == (0, f"25 samples: {out}\n", "")
     pixels = np.asarray(Image.open(out))
-    # Ten classes, three rows, 8x8 pixels four times as large, a line of one pixel around each.
-    assert pixels.shape == (3 * 33 + 1, 10 * 33 + 1)
+    # Ten classes, three rows, 8x8 pixels eight times as large, a line of one pixel around each.
+    assert pixels.shape == (3 * 65 + 1, 10 * 65 + 1)
 
     config = gan.GANConfig(width=8, latent_size=4)
     generator, _ = gan.networks(config, gan.load_data(config))
@@ -210,7 +210,7 @@ def test_sample_draws_the_averages_samples_a_column_a_class(finished, program, t
     latents = torch.randn(25, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         images = (generator(latents, torch.arange(25) % 10) + 1) * 127.5
-    shown = [pixels[33 * (i // 10) + 1 :: 4, 33 * (i % 10) + 1 :: 4][:8, :8] for i in range(25)]
+    shown = [pixels[65 * (i // 10) + 1 :: 8, 65 * (i % 10) + 1 :: 8][:8, :8] for i in range(25)]
     np.testing.assert_allclose(np.stack(shown), images[:, 0].clamp(0, 255), atol=0.51)
 
 

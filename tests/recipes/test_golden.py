@@ -13,8 +13,9 @@ import torch
 
 from lightning_custom.machine import machine_facts
 from lightning_custom.metrics import read_rows
+from lightning_custom.networks import ConvClassifier
 from lightning_custom.testing import single_process
-from recipes import gan
+from recipes import classification, gan
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 STEPS = 20
@@ -28,7 +29,18 @@ def train_gan(fabric, run_dir):
     return config
 
 
-RECIPES = {"gan": train_gan}
+def train_classification(fabric, run_dir):
+    config = classification.ClassificationConfig(run_dir=str(run_dir), stop_at=STEPS, log_every=1, accelerator="cpu")
+    data, val, _ = classification.load_data(config)
+    torch.manual_seed(config.seed)
+    model = ConvClassifier(1, 8, data.num_classes, config.width)
+    classification.train(
+        fabric, config, model=model, train_data=data.dataset(), val_data=val.dataset(), num_classes=data.num_classes
+    )
+    return config
+
+
+RECIPES = {"gan": train_gan, "classification": train_classification}
 
 
 def processor():

@@ -16,10 +16,15 @@ from tests.recipes.program import finish, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-SMALL = (
-    *("--accelerator", "cpu", "--width", 8, "--batch_size", 8, "--latent_size", 4),
+COMMON = (
+    *("--accelerator", "cpu", "--width", 8, "--batch_size", 8),
     *("--log_every", 10, "--validate_every", 250, "--checkpoint_every", 6),
 )
+RECIPES = {
+    "gan": ("--latent_size", 4),
+    "classification": ("--sam", 0.05, "--mixup", 0.2, "--average", "ema", "--schedule", "constant"),
+}
+every_recipe = pytest.mark.parametrize("recipe", RECIPES)
 MOST_SAVES = 8
 
 
@@ -54,11 +59,11 @@ def wait_for_moment(process, run_dir, draw, aim):
         time.sleep(draw.uniform(0, 0.05))
 
 
-def kill_repeatedly(run_dir, flags, aims):
+def kill_repeatedly(recipe, run_dir, flags, aims):
     """Start, kill the whole process group at each aim's moment, start again; how many kills hit a save."""
     draw, inside_save = random.Random(0), 0
     for aim in aims:
-        process = start("gan", *flags, "--run_dir", run_dir, start_new_session=True)
+        process = start(recipe, *flags, "--run_dir", run_dir, start_new_session=True)
         wait_for_moment(process, run_dir, draw, aim)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
@@ -67,8 +72,8 @@ def kill_repeatedly(run_dir, flags, aims):
     return inside_save
 
 
-def complete(run_dir, flags):
-    status, _, errors = finish(start("gan", *flags, "--run_dir", run_dir))
+def complete(recipe, run_dir, flags):
+    status, _, errors = finish(start(recipe, *flags, "--run_dir", run_dir))
     assert status == 0, errors
     assert json.loads((run_dir / "status.json").read_text())["state"] == "complete"
 
@@ -93,19 +98,21 @@ def curves(run_dir):
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 
-def test_a_run_killed_24_times_equals_one_that_was_not(tmp_path):
-    flags = (*SMALL, "--steps", 1600)
+@every_recipe
+def test_a_run_killed_24_times_equals_one_that_was_not(recipe, tmp_path):
+    flags = (*COMMON, *RECIPES[recipe], "--steps", 1600)
     aims = ["save", "training", "save", "restore"] * 6
-    assert kill_repeatedly(tmp_path / "killed", flags, aims) >= 6
+    assert kill_repeatedly(recipe, tmp_path / "killed", flags, aims) >= 6
     for name in ("killed", "straight"):
-        complete(tmp_path / name, flags)
+        complete(recipe, tmp_path / name, flags)
     assert_same_run(tmp_path / "straight", tmp_path / "killed", 1600)
 
 
 @pytest.mark.distributed
-def test_two_processes_killed_together_go_on_as_if_they_were_not(tmp_path):
-    flags = (*SMALL, "--steps", 300, "--devices", 2)
-    assert kill_repeatedly(tmp_path / "killed", flags, ["save", "training", "restore", "save"]) >= 1
+@every_recipe
+def test_two_processes_killed_together_go_on_as_if_they_were_not(recipe, tmp_path):
+    flags = (*COMMON, *RECIPES[recipe], "--steps", 300, "--devices", 2)
+    assert kill_repeatedly(recipe, tmp_path / "killed", flags, ["save", "training", "restore", "save"]) >= 1
     for name in ("killed", "straight"):
-        complete(tmp_path / name, flags)
+        complete(recipe, tmp_path / name, flags)
     assert_same_run(tmp_path / "straight", tmp_path / "killed", 300)

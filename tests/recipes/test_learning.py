@@ -1,5 +1,7 @@
 """Each default preset reaches what its recipe's page states; a shortened one is on its way."""
 
+import re
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from lightning_custom.extractor import fit_extractor
 from lightning_custom.generation import GenerationScores
 from lightning_custom.metrics import read_rows
 from lightning_custom.testing import single_process
-from recipes import gan
+from recipes import classification, gan
 
 
 def final_scores(config):
@@ -36,3 +38,13 @@ def test_the_gans_default_preset_reaches_its_stated_result(seed, tmp_path):
     assert scores["val/fid"] <= 2 * scores["val/fid_floor"]
     assert scores["val/classes"] == 10
     assert scores["val/confident_as_asked"] >= 0.95
+
+
+@pytest.mark.slow
+def test_classification_reaches_98_5_percent_on_the_mean_of_three_seeds(tmp_path, capsys):
+    for seed in range(3):
+        run_dir = str(tmp_path / str(seed))
+        classification.main(classification.ClassificationConfig(seed=seed, accelerator="cpu", run_dir=run_dir))
+    found = [float(text) for text in re.findall(r"test accuracy ([\d.]+)%", capsys.readouterr().out)]
+    assert len(found) == 3
+    assert sum(found) / 3 >= 98.5
