@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
@@ -53,6 +54,8 @@ def command_line(
             raise ConfigError(f"{words[0]!r} is not a verb; there are: {known}. Flags begin with --")
         settings = parse_config(config, words, presets, description)
         run_dir = _run(main, settings)
+        if dist.is_initialized():  # else gloo's threads abort the program at its end, now and then
+            dist.destroy_process_group()
         if settings.replay_step is not None and _is_first():
             print(f"replayed step {settings.replay_step}: {run_dir}", flush=True)
         return 0 if run_dir is None or _launched_from_outside() else exit_status(run_dir) if _is_first() else 0

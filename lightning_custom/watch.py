@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_custom.errors import ConfigError
 from lightning_custom.loop import due
 from lightning_custom.metrics import MetricLogger
 from lightning_custom.precision import unwrap
@@ -31,6 +32,8 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module, *, every: int, histograms: bool = True) -> None:
+        if every and any(module._compiled_call_impl is not None for module in unwrap(model).modules()):
+            raise ConfigError(f"watch_every: {every}, but a compiled model calls no hooks; set it to 0, or do not compile")
         self._layers = {
             name or "model": module
             for name, module in unwrap(model).named_modules()

@@ -36,16 +36,17 @@ def candidates(image, shift, flip):
     return found
 
 
-def what_happened(image, result, shift, flip):
-    (found,) = [key for key, other in candidates(image, shift, flip).items() if torch.equal(result, other)]
+def what_happened(result, expected):
+    (found,) = [key for key, other in expected.items() if torch.equal(result, other)]
     return found
 
 
 def test_every_shift_and_flip_occurs_about_equally_often():
     batch = images(count=1).expand(3600, -1, -1, -1)
     results = shift_and_flip(single_process(), batch, shift=1, flip=True, background=-1.0, generator=generator())
-    changes = [what_happened(batch[0], result, 1, True) for result in results]
-    counts = torch.tensor([changes.count(key) for key in candidates(batch[0], 1, True)])
+    expected = candidates(batch[0], 1, True)
+    changes = [what_happened(result, expected) for result in results]
+    counts = torch.tensor([changes.count(key) for key in expected])
     # 18 kinds of change, 200 of each expected; chi squared with 17 degrees of freedom is below 40.8 in 99.9%.
     assert ((counts - 200).square() / 200).sum() < 40.8
 
@@ -53,7 +54,7 @@ def test_every_shift_and_flip_occurs_about_equally_often():
 def test_images_of_a_batch_change_each_for_itself():
     batch = images()
     results = shift_and_flip(single_process(), batch, shift=2, flip=True, background=-1.0, generator=generator())
-    changes = [what_happened(image, result, 2, True) for image, result in zip(batch, results, strict=True)]
+    changes = [what_happened(one, candidates(image, 2, True)) for image, one in zip(batch, results, strict=True)]
     assert len(set(changes)) > 4
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_custom.errors import ConfigError
 from lightning_custom.metrics import MetricLogger, read_rows
 from lightning_custom.testing import single_process
 from lightning_custom.watch import Watch
@@ -164,3 +165,11 @@ def test_nothing_is_fetched_from_the_device_between_begin_and_end():
         assert syncs.count == 1
     watch.end(metrics)
     assert metrics.latest
+
+
+def test_a_compiled_model_which_calls_no_hooks_is_refused():
+    model = network()
+    model[0].compile(backend="eager")
+    Watch(model, every=0)
+    with pytest.raises(ConfigError, match="watch_every: 3, but a compiled model calls no hooks; set it to 0"):
+        Watch(model, every=3)
