@@ -33,7 +33,9 @@ class Watch:
 
     def __init__(self, model: nn.Module, *, every: int, histograms: bool = True) -> None:
         if every and any(module._compiled_call_impl is not None for module in unwrap(model).modules()):
-            raise ConfigError(f"watch_every: {every}, but a compiled model calls no hooks; set it to 0, or do not compile")
+            raise ConfigError(
+                f"watch_every: {every}, but a compiled model calls no hooks; set it to 0, or do not compile"
+            )
         self._layers = {
             name or "model": module
             for name, module in unwrap(model).named_modules()
