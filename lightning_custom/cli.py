@@ -54,9 +54,8 @@ def command_line(
             raise ConfigError(f"{words[0]!r} is not a verb; there are: {known}. Flags begin with --")
         settings = parse_config(config, words, presets, description)
         run_dir = _run(main, settings)
-        if (
-            dist.is_available() and dist.is_initialized()
-        ):  # else gloo's threads abort the program at its end, now and then
+        if dist.is_available() and dist.is_initialized():
+            # gloo's threads abort a program that ends without this, now and then.
             dist.destroy_process_group()
         if settings.replay_step is not None and _is_first():
             print(f"replayed step {settings.replay_step}: {run_dir}", flush=True)
