@@ -39,8 +39,8 @@ class ClassificationScores(NamedTuple):
 class ConfusionMatrix:
     """Counts of (label, prediction) on the device: one matrix gives every usual score.
 
-    As a field of a state its open counts are in the checkpoint, by process. An update takes about 6 microseconds on a
-    CPU, where four separate torchmetrics take a hundred times that.
+    As a field of a state its open counts are in the checkpoint, by process. An update takes about 10 microseconds on a
+    CPU (``python -m tests.benchmarks.layer_overhead``).
     """
 
     def __init__(self, num_classes: int, fabric: Fabric) -> None:
