@@ -61,8 +61,8 @@ def seed_step(seed: int, step: int, fabric: Fabric, *, stream: str = "train") ->
     """Seed everything random in this step from ``(seed, step, stream)``; call it first in the loop's body.
 
     The default generators of torch (every device), NumPy and :mod:`random` get the process's own stream, so
-    that dropout, random layers and the user's code have no history either. Costs about 15 microseconds back to back, 80 in a step that
-    has emptied the caches.
+    that dropout, random layers and the user's code have no history either. Costs about 15 microseconds back to back,
+    80 in a step that has emptied the caches.
     """
     shared, local = hash_seed(seed, step, stream), hash_seed(seed, step, stream, fabric.global_rank)
     _seed_default_generators(local)
