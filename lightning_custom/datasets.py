@@ -1,7 +1,9 @@
-"""Real data sets as tensors: scikit-learn's digits, which need no download, and Fashion-MNIST from a folder."""
+"""Real data sets as tensors: scikit-learn's digits, which need no download, and others from a folder."""
 
 import gzip
+import os
 import struct
+import zipfile
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,7 +102,7 @@ def _exists(path: Path) -> bool:
     return path.exists() or path.with_name(f"{path.name}.gz").exists()
 
 
-def _torchvision(kind: str, data_root: str, train: bool, remedy: str) -> Any:
+def _torchvision(kind: str, data_root: str, train: bool, remedy: str, part: str = "train") -> Any:
     """torchvision's data set, downloaded if need be; imported only here, since a broken one breaks what imports it."""
     try:
         from torchvision import datasets
@@ -110,7 +112,7 @@ def _torchvision(kind: str, data_root: str, train: bool, remedy: str) -> Any:
             "pip install 'lightning-custom[vision]'"
         ) from error
     try:
-        return getattr(datasets, kind)(data_root, train=train, download=True)
+        return getattr(datasets, kind)(data_root, download=True, **{part: train})
     except Exception as error:
         raise ConfigError(f"data_root: {kind} could not be downloaded to {data_root} ({error}); {remedy}") from error
 
@@ -128,3 +130,134 @@ def _read_idx(path: Path) -> np.ndarray:
         return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
     except (struct.error, ValueError, EOFError, OSError, zlib.error) as error:
         raise ConfigError(f"data_root: {found} is damaged ({error}); delete it and fetch it again") from error
+
+
+OMNIGLOT_FILE = "omniglot-28x28.npz"
+"""Omniglot as one file of arrays, in ``data_root``; strokes are 0 in it, as in the original images."""
+
+
+class Characters(NamedTuple):
+    """Omniglot (Lake et al. 2015): 1,623 characters of 50 alphabets, each drawn by 20 people."""
+
+    images: Tensor
+    """``[1623, 20, 28, 28]`` uint8: strokes 255 on background 0; alphabets of the background set come first."""
+    evaluation: Tensor
+    """``[1623]`` bool: whether the character is of the authors' evaluation set."""
+    alphabet: tuple[str, ...]
+    """The alphabet of each character."""
+    character: tuple[str, ...]
+    """The name of each character in its alphabet: ``character01`` and on."""
+
+
+def omniglot(data_root: str | None) -> Characters:
+    """Omniglot from ``DATA_ROOT/omniglot-28x28.npz``; where it is missing, torchvision downloads the images.
+
+    They are then reduced to 28x28 pixels (Lanczos, as Finn et al. 2017 did) and kept as that one file, which takes a
+    minute once. With several processes fetch the data before they start.
+    """
+    data_root = _require_root("omniglot", data_root)
+    path = Path(data_root) / OMNIGLOT_FILE
+    if not path.exists():
+        parts = [
+            _torchvision("Omniglot", data_root, background, f"put {OMNIGLOT_FILE} into it", part="background")
+            for background in (True, False)
+        ]
+        _write_arrays(path, _read_characters([Path(part.target_folder) for part in parts]))
+    arrays = _read_arrays(path, ("images", "evaluation", "alphabet", "character"))
+    return Characters(
+        torch.from_numpy(255 - arrays["images"]),
+        torch.from_numpy(arrays["evaluation"]),
+        tuple(arrays["alphabet"].tolist()),
+        tuple(arrays["character"].tolist()),
+    )
+
+
+def split_characters(images: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Characters ``[C, ...]`` to train on, to validate with and to test with: 1,100, 100 and the rest, 423.
+
+    Chosen over all characters by ``seed`` alone. The 1,200 that Finn et al. 2017 train on include, in their code, 100
+    to validate with.
+    """
+    if len(images) <= 1200:
+        raise ConfigError(f"images: {len(images)} characters; 1,200 are taken to train and validate, give more")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    train, validation, test = order.tensor_split([1100, 1200])
+    return images[train], images[validation], images[test]
+
+
+def _read_characters(folders: list[Path]) -> dict[str, np.ndarray]:
+    """The arrays of the background and the evaluation folder, ``ALPHABET/CHARACTER/*.png``, in the order of names."""
+    from PIL import Image
+
+    # Not by way of the data set's own items: their order is the file system's.
+    characters = [
+        (evaluation, character)
+        for evaluation, folder in enumerate(folders)
+        for character in sorted(path for path in folder.glob("*/*") if path.is_dir())
+    ]
+    images = [
+        [
+            np.asarray(Image.open(drawing).convert("L").resize((28, 28), Image.Resampling.LANCZOS))
+            for drawing in sorted(character.glob("*.png"))
+        ]
+        for _, character in characters
+    ]
+    return {
+        "images": np.stack([np.stack(drawings) for drawings in images]),
+        "evaluation": np.array([bool(evaluation) for evaluation, _ in characters]),
+        "alphabet": np.array([character.parent.name for _, character in characters]),
+        "character": np.array([character.name for _, character in characters]),
+    }
+
+
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write an archive that appears whole or not at all, even where several processes write it."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ConfigError(f"data_root: {path} could not be written ({error}); give a folder with room") from error
+
+
+def _read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    try:
+        # numpy leaves a file open that it opened itself and found cut.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in names}
+    except (KeyError, ValueError, EOFError, OSError, zlib.error, zipfile.BadZipFile) as error:
+        raise ConfigError(f"data_root: {path} is damaged ({error}); delete it and fetch it again") from error
+
+
+def overlaid(data: Images, size: int, *, count: int | None = None, seed: int = 0) -> Images:
+    """Pairs of images on one larger canvas, and the labels ``[N, 2]`` of the left and the right one: MultiMNIST.
+
+    The left image lies in the top-left corner of ``[N, C, size, size]``, the right one in the bottom-right, and where
+    both are the lighter pixel counts (Sabour et al. 2017, section 5.1, with the corners of Sener and Koltun 2018, who
+    take 28x28 to 36x36). ``count`` pairs (none: as many as images) are drawn by ``seed`` alone, so that every image is
+    as often on either side as any other, or once less. Split the images first, for pairs of train and test to share
+    none:
+
+        train, test = (overlaid(part, 12, count=10 * len(part.labels)) for part in split(digits(), 0.2))
+    """
+    height, width = data.images.shape[2:]
+    if size < max(height, width):
+        raise ConfigError(f"size: {size}; the images are {height}x{width}, give at least {max(height, width)}")
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (_endless_order(len(data.labels), count, generator) for _ in range(2))
+    canvas = torch.full((len(left), data.images.shape[1], size, size), -1.0)
+    canvas[:, :, :height, :width] = data.images[left]
+    corner = canvas[:, :, size - height :, size - width :]
+    torch.maximum(corner, data.images[right], out=corner)
+    return Images(canvas, torch.stack([data.labels[left], data.labels[right]], dim=1), data.num_classes)
+
+
+def _endless_order(size: int, count: int | None, generator: torch.Generator) -> Tensor:
+    """``count`` indices: pass after pass over all, each in an order of its own."""
+    count = size if count is None else count
+    passes = [torch.randperm(size, generator=generator) for _ in range(-(-count // size))]
+    return torch.cat([torch.empty(0, dtype=torch.int64), *passes])[:count]

@@ -1,11 +1,15 @@
-"""Small networks that need no batch statistics, so that the number of processes does not change their output."""
+"""Small networks whose output does not depend on the number of processes."""
 
 import itertools
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
+
+from lightning_custom.errors import ConfigError
+from lightning_custom.task_norm import BatchStatisticsNorm
 
 
 class MLPGenerator(nn.Module):
@@ -139,3 +143,99 @@ class ConvClassifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits for images."""
         return self.head(self.trunk(images))  # type: ignore[no-any-return]
+
+
+def sinusoid_network(width: int = 40, layers: int = 2) -> nn.Sequential:
+    """Numbers ``[..., 1]`` to ``[..., 1]`` by ``layers`` hidden layers with ReLU (Finn et al. 2017, section 5.1)."""
+    widths = (1, *(width for _ in range(layers)))
+    hidden = [part for pair in itertools.pairwise(widths) for part in (nn.Linear(*pair), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(widths[-1], 1))
+
+
+class FewShotConvNet(nn.Module):
+    """Four blocks of strided convolution, normalisation and ReLU: images ``[B, C, H, W]`` of one task to logits.
+
+    The Omniglot network of Finn et al. 2017, section 5.2: 3x3 convolutions of stride 2 without pooling (28 pixels
+    become 14, 7, 4, 2), the mean over space as in the authors' code, and a linear ``head`` on the ``trunk``'s ``width``
+    features. Initial weights are torch's: from the authors' (Xavier, and a head of standard deviation 1) it learned
+    more slowly.
+
+    ``norm="batch"`` has the statistics of the batch that a call is given, which is one task's support or query;
+    ``"group"`` and ``"none"`` look at one image only.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        channels: int = 1,
+        width: int = 64,
+        norm: Literal["batch", "group", "none"] = "batch",
+    ) -> None:
+        super().__init__()
+        blocks: list[nn.Module] = []
+        for inputs in (channels, width, width, width):
+            # A bias would be taken away again by batch statistics, and Adam would amplify its gradient's rounding.
+            convolution = nn.Conv2d(inputs, width, 3, stride=2, padding=1, bias=norm != "batch")
+            blocks += [convolution, *_normalisation(norm, width), nn.ReLU()]
+        self.trunk = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[B, num_classes]`` for images."""
+        return self.head(self.trunk(images))  # type: ignore[no-any-return]
+
+
+def _normalisation(norm: str, width: int) -> list[nn.Module]:
+    if norm == "batch":
+        return [BatchStatisticsNorm(width)]
+    if norm == "group":
+        return [nn.GroupNorm(8, width)]
+    if norm == "none":
+        return []
+    raise ConfigError(f"norm: {norm}; choose batch, group or none")
+
+
+class LeNetTrunk(nn.Module):
+    """Two blocks of convolution, pooling and ReLU, and a linear layer: images ``[B, C, S, S]`` to features ``[B, F]``.
+
+    The shared part of Sener and Koltun 2018 for 36x36 images of two digits: 10 and 20 channels by 5x5 kernels, 720
+    numbers to 50 features. Small images need ``kernel=3, padding=1``.
+    """
+
+    def __init__(
+        self, channels: int, size: int, *, width: int = 10, features: int = 50, kernel: int = 5, padding: int = 0
+    ) -> None:
+        super().__init__()
+        side = size
+        for _ in range(2):
+            side = (side + 2 * padding - kernel + 1) // 2
+        if side < 1:
+            raise ConfigError(
+                f"size: {size}; kernels of {kernel} pixels with padding {padding} leave nothing of it, set kernel=3, "
+                "padding=1"
+            )
+        self.features = features
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, width, kernel, padding=padding),
+            nn.MaxPool2d(2),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, kernel, padding=padding),
+            nn.MaxPool2d(2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(2 * width * side**2, features),
+            nn.ReLU(),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features for images."""
+        return self.layers(images)  # type: ignore[no-any-return]
+
+
+def mlp_head(features: int, outputs: int, *, width: int = 50) -> nn.Sequential:
+    """Features ``[B, F]`` to ``[B, outputs]`` by one hidden layer: a task's own part in Sener and Koltun 2018.
+
+    Without its dropout, whose masks would differ by process.
+    """
+    return nn.Sequential(nn.Linear(features, width), nn.ReLU(), nn.Linear(width, outputs))

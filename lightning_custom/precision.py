@@ -1,7 +1,8 @@
 """Forward passes whose gradients can be differentiated again, right in every precision."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,19 +50,23 @@ class Bare:
 
     def __call__(self, *inputs: Any, parameters: Mapping[str, Tensor] | None = None) -> Any:
         """The module's output for ``inputs``, with ``parameters`` (by name) in place of its own if given."""
+        return self.run(partial(self._forward, parameters=parameters), *inputs)
+
+    def run(self, forward: Callable[..., Any], *inputs: Any) -> Any:
+        """What another way of computing the module's output, ``forward(*inputs)``, gives in its precision."""
         if self._plain:
-            return self._forward(inputs, parameters)
+            return forward(*inputs)
         if not self._autocast:
             inputs = apply_to_collection(inputs, Tensor, self._cast)
         is_float32 = not self._autocast and self._dtype is torch.float32
         with nullcontext() if is_float32 else self._precision.forward_context():
-            outputs = self._forward(inputs, parameters)
+            outputs = forward(*inputs)
         return apply_to_collection(outputs, Tensor, _at_least_float32)
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
-    def _forward(self, inputs: tuple[Any, ...], parameters: Mapping[str, Tensor] | None) -> Any:
+    def _forward(self, *inputs: Any, parameters: Mapping[str, Tensor] | None) -> Any:
         if parameters is None:
             return self.module(*inputs)
         return functional_call(self.module, dict(parameters), inputs)
