@@ -3,9 +3,11 @@
 Shapes: T tasks, S support samples, Q query samples.
 """
 
+import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from lightning.fabric import Fabric
@@ -13,27 +15,94 @@ from torch import Tensor, nn
 
 from lightning_custom.datasets import omniglot, split_characters
 from lightning_custom.distributed import gather_shares, take_share
+from lightning_custom.errors import ConfigError
 from lightning_custom.loop import hash_seed
 from lightning_custom.networks import FewShotConvNet, sinusoid_network
 from lightning_custom.pictures import curves_picture, image_grid
-from lightning_custom.task_batching import TaskLoss
+from lightning_custom.precision import unwrap
+from lightning_custom.task_batching import Parameters, TaskLoss, TaskModel
+from lightning_custom.task_norm import statistics_from
 from lightning_custom.tasks import FewShot, Sinusoids, grey_images, with_rotations
 
+T = TypeVar("T")
 Sampler = Callable[[int, torch.Generator], Sequence[Tensor]]
 """``(number T, generator) -> support inputs, support targets, query inputs, query targets``, each ``[T, K, ...]``."""
 Predict = Callable[[Tensor], Tensor]
 """``query inputs [T, Q, ...] -> outputs [T, Q, ...]`` of each task's own network."""
 Learner = Callable[[Tensor, Tensor], Iterator[Predict]]
 """``(support inputs [T, S, ...], support targets) ->`` predictions before the first inner update, and after each."""
+Statistics = Literal["query", "support", "both"]
+"""Samples whose statistics normalise the query set, in networks with batch normalisation."""
 
 _DRAWN_AT_ONCE = 100
 
 
-def one_after_another(share: Sequence[Tensor], *, all_at_once: bool) -> list[tuple[Tensor, ...]]:
-    """The tasks of ``share`` in parts that fit the memory: each alone, or all of them."""
-    if all_at_once:
-        return [tuple(share)] if len(share[0]) else []
-    return list(zip(*(tensor.split(1) for tensor in share), strict=True)) if len(share[0]) else []
+def require_a_task_each(fabric: Fabric, meta_batch_size: int) -> None:
+    """:class:`ConfigError` where there are fewer tasks than processes."""
+    if meta_batch_size < fabric.world_size:
+        raise ConfigError(f"meta_batch_size: {meta_batch_size} for {fabric.world_size} processes; each needs one")
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name, live."""
+    return {name: parameter for name, parameter in unwrap(module).named_parameters() if parameter.requires_grad}
+
+
+def own_copies(parameters: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    """``parameters`` once for each of ``number`` tasks, ``[T, ...]``, with no graph; no memory is copied."""
+    return {name: parameter.detach().expand(number, *parameter.shape) for name, parameter in parameters.items()}
+
+
+def as_leaves(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same numbers, to be differentiated by and with no graph behind them."""
+    return {name: part.detach().requires_grad_() for name, part in parameters.items()}
+
+
+def last(steps: Iterable[T]) -> T:
+    """The last of ``steps``, such as an inner loop's; those before it are let go of at once."""
+    return deque(steps, maxlen=1)[0]
+
+
+def inner_product(parameters: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> Tensor:
+    """The sum of products by name: a loss whose gradient by ``parameters`` is ``direction``.
+
+    For a gradient that was found in another way, so that it goes through ``fabric.backward`` like any: scaled in
+    ``16-mixed``, and added to what is there.
+    """
+    return torch.stack([(part * direction[name].detach()).sum() for name, part in parameters.items()]).sum()
+
+
+def query_outputs(
+    model: TaskModel, parameters: Parameters, support_inputs: Tensor, query_inputs: Tensor, statistics: Statistics
+) -> Tensor:
+    """Outputs for the query set, normalised by the statistics of the samples that ``statistics`` names."""
+    if statistics == "query":
+        return model(query_inputs, parameters)
+    size = support_inputs.shape[1]
+    with statistics_from(model.module, size if statistics == "support" else None):
+        return model(torch.cat([support_inputs, query_inputs], 1), parameters)[:, size:]
+
+
+def with_parameters(model: nn.Module, parameters: Parameters) -> nn.Module:
+    """A copy of ``model`` with the parameters of one task, ``[1, ...]``, in place of those of that name."""
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in copied.named_parameters():
+            if name in parameters:
+                parameter.copy_(parameters[name].reshape(parameter.shape))
+    return copied
+
+
+def one_after_another(share: Sequence[Tensor], *, all_at_once: bool, largest: int = 0) -> list[tuple[Tensor, ...]]:
+    """The tasks of ``share`` in parts that fit the memory: each alone, or all of them, or at most ``largest`` of them.
+
+    An empty share has no parts.
+    """
+    number = len(share[0])
+    if number == 0:
+        return []
+    size = (largest or number) if all_at_once else 1
+    return list(zip(*(tensor.split(size) for tensor in share), strict=True))
 
 
 def mean_over_tasks(found: Sequence[Mapping[str, Tensor]], number: int) -> dict[str, Tensor]:
@@ -47,33 +116,59 @@ def accuracies(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def held_out_scores(
-    fabric: Fabric, learner: Learner, tasks: Sampler, number: int, loss: TaskLoss, name: str, *, all_at_once: bool
+    fabric: Fabric,
+    learner: Learner,
+    tasks: Sampler,
+    number: int,
+    loss: TaskLoss,
+    name: str,
+    *,
+    all_at_once: bool,
+    largest: int = 0,
+    after: Collection[int] | None = None,
 ) -> dict[str, float]:
     """Query loss, and accuracy where targets are classes, along the inner loop on ``number`` held-out tasks.
 
     The tasks are always the same. By tag: ``NAME/loss`` after the last inner update; ``NAME/loss_interval``, half the
-    width of the 95% interval of that mean over tasks; ``NAME/loss_after/00``, ``01``, ... after each inner update.
+    width of the 95% interval of that mean over tasks; ``NAME/loss_after/00``, ``01``, ... after each inner update, or
+    after those that ``after`` lists, the last among them.
     """
     rows = []
     for start in range(0, number, _DRAWN_AT_ONCE):
         generator = torch.Generator().manual_seed(hash_seed(start, "held-out tasks"))
         drawn = tasks(min(_DRAWN_AT_ONCE, number - start), generator)
         own = [take_share(part, fabric) for part in drawn]
-        rows += [_scores_along(learner, loss, *part) for part in one_after_another(own, all_at_once=all_at_once)]
+        parts = one_after_another(own, all_at_once=all_at_once, largest=largest)
+        rows += [_scores_along(learner, loss, after, *part) for part in parts]
+    if not rows:  # fewer tasks than processes: nothing, in a tensor of the right shape
+        rows = [_scores_along(learner, loss, after, *(fabric.to_device(part[:1]) for part in drawn))[:0]]
     table = gather_shares(torch.cat(rows), fabric).double().cpu()  # [tasks, scores, steps]
+    steps = range(table.shape[2]) if after is None else sorted(after)
     mean, interval = table.mean(0), 1.96 * table.std(0) / math.sqrt(number)
     scores = {}
     for row, score in enumerate(("loss", "accuracy")[: len(mean)]):
         scores[f"{name}/{score}"] = float(mean[row, -1])
         scores[f"{name}/{score}_interval"] = float(interval[row, -1])
-        scores |= {f"{name}/{score}_after/{step:02d}": float(value) for step, value in enumerate(mean[row])}
+        along = zip(steps, mean[row], strict=True)
+        scores |= {f"{name}/{score}_after/{step:02d}": float(value) for step, value in along}
     return scores
 
 
-def _scores_along(learner: Learner, loss: TaskLoss, *tasks: Tensor) -> Tensor:
+def about_ten(steps: int) -> list[int]:
+    """About ten inner updates of ``steps`` to score after: the start, the first and the last among them.
+
+    >>> about_ten(50)
+    [0, 1, 5, 10, 15, 20, 25, 30, 35, 40, 45, 50]
+    """
+    return sorted({0, 1, *range(0, steps, max(steps // 10, 1)), steps})
+
+
+def _scores_along(learner: Learner, loss: TaskLoss, after: Collection[int] | None, *tasks: Tensor) -> Tensor:
     support_inputs, support_targets, query_inputs, query_targets = tasks
     columns = []
-    for predict in learner(support_inputs, support_targets):
+    for step, predict in enumerate(learner(support_inputs, support_targets)):
+        if after is not None and step not in after:
+            continue
         with torch.no_grad():
             outputs = predict(query_inputs)
             scores = [loss(outputs, query_targets).float()]
@@ -88,10 +183,11 @@ def score_lines(learner: str, scores: Mapping[str, float], name: str = "test") -
     lines = []
     for score in ("loss", "accuracy"):
         if f"{name}/{score}" in scores:
-            after = [value for tag, value in scores.items() if tag.startswith(f"{name}/{score}_after/")]
-            shown = "  ".join(f"{step}: {after[step]:.4f}" for step in sorted({0, 1, len(after) - 1}))
-            interval = scores[f"{name}/{score}_interval"]
-            lines.append(f"{learner:<8}{score:<9}{after[-1]:.4f} +- {interval:.4f}   after {shown}")
+            beginning = f"{name}/{score}_after/"
+            after = {int(tag.removeprefix(beginning)): scores[tag] for tag in scores if tag.startswith(beginning)}
+            shown = "  ".join(f"{step}: {after[step]:.4f}" for step in sorted({0, 1, max(after)} & after.keys()))
+            mean, interval = scores[f"{name}/{score}"], scores[f"{name}/{score}_interval"]
+            lines.append(f"{learner:<8}{score:<9}{mean:.4f} +- {interval:.4f}   after {shown}")
     return lines
 
 

@@ -103,7 +103,9 @@ class MAMLConfig(RunConfig):
     batch_statistics: Literal["query", "support", "both"] = "query"
     """Samples whose statistics normalise the query set, in networks with batch normalisation."""
     task_batching: Literal["auto", "vmap", "loop"] = "auto"
-    """Tasks all at once, or one after another."""
+    """Tasks at once, or one after another; auto is one after another only for exact_reduction."""
+    tasks_at_once: int = 0
+    """Most tasks that are computed at once, to save memory; 0: all that a process has."""
     checkpoint_inner: bool = False
     """Compute inner steps again in the backward pass, to save memory where there are many."""
     exact_reduction: bool = False
@@ -134,18 +136,25 @@ class MAMLConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(self, {"meta_batch_size": 1, "inner_steps": 0, "test_steps": 1, "lr": 0, "inner_clip_norm": 0})
-        require_at_least(self, {"ways": 2, "shots": 1, "query_shots": 1, "width": 1, "val_tasks": 2, "test_tasks": 2})
+        require_at_least(
+            self,
+            {"tasks_at_once": 0, "ways": 2, "shots": 1, "query_shots": 1, "width": 1, "val_tasks": 2, "test_tasks": 2},
+        )
         if self.exact_reduction and (self.task_batching == "vmap" or self.compile):
             raise ConfigError("exact_reduction: needs each task's own gradient; use --task_batching loop, no --compile")
 
 
 OMNIGLOT: dict[str, Any] = {
     "data": "omniglot", "width": 64, "joint": False, "threads": None, "steps": 60000, "log_every": 50,
-    "validate_every": 500, "checkpoint_every": 500, "val_tasks": 100,
+    "validate_every": 500, "checkpoint_every": 500, "val_tasks": 200, "tasks_at_once": 8,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "sinusoid": {},
     "sinusoid-paper": {"steps": 70000, "validate_every": 5000, "checkpoint_every": 5000, "log_every": 500},
+    "omniglot-cpu": OMNIGLOT | {
+        "ways": 5, "shots": 1, "query_shots": 1, "meta_batch_size": 8, "inner_lr": 0.4, "test_steps": 3,
+        "steps": 6000, "threads": 1,
+    },
     "omniglot-5way-1shot": OMNIGLOT | {
         "ways": 5, "shots": 1, "query_shots": 1, "meta_batch_size": 32, "inner_lr": 0.4, "test_steps": 3,
     },
@@ -244,7 +253,7 @@ def train(
 
             state.optimizer.zero_grad()
             found, of_each_task = [], []
-            for part in one_after_another(share, all_at_once=task_model.together):
+            for part in one_after_another(share, all_at_once=task_model.together, largest=config.tasks_at_once):
                 # Inner loop: some gradient steps on the support set. Outer loss: the query set's, after them.
                 total, values = outer_loss(initial, inner_rates, *part)
                 fabric.backward(total * weight)
@@ -331,7 +340,7 @@ def inner_loop(
     yield {**initial, **adapted}
     for _ in range(steps):
         if config.checkpoint_inner:
-            adapted, memory = checkpoint(step, adapted, memory, use_reentrant=False, preserve_rng_state=False)
+            adapted, memory = checkpoint(step, adapted, memory, use_reentrant=False)
         else:
             adapted, memory = step(adapted, memory)
         yield {**initial, **adapted}
@@ -401,15 +410,8 @@ def adapted_by(config: MAMLConfig, module: nn.Module) -> list[str]:
 
 
 def over_tasks(fabric: Fabric, config: MAMLConfig, model: nn.Module) -> TaskModel:
-    """The model for several tasks: at once, or one after another where the config says so or that is faster."""
-    module = unwrap(model)
-    together = config.task_batching == "vmap"
-    if config.task_batching == "auto":
-        # A CPU is not faster at the convolutions of several tasks, each with its own kernels, than at those of one.
-        slow = fabric.device.type == "cpu" and any(
-            isinstance(part, nn.modules.conv._ConvNd) for part in module.modules()
-        )
-        together = not (slow or config.exact_reduction)
+    """The model for several tasks, at once or one after another."""
+    together = config.task_batching == "vmap" or (config.task_batching == "auto" and not config.exact_reduction)
     return TaskModel(bare(fabric, model), together=together)
 
 
@@ -450,9 +452,10 @@ def evaluate(
     name: str,
 ) -> dict[str, float]:
     """Scores on ``number`` held-out tasks along ``test_steps`` updates of the inner loop."""
-    all_at_once = over_tasks(fabric, config, model).together
-    learned = learner(fabric, config, model, rates, loss)
-    return held_out_scores(fabric, learned, tasks, number, loss, name, all_at_once=all_at_once)
+    learned, all_at_once = learner(fabric, config, model, rates, loss), over_tasks(fabric, config, model).together
+    return held_out_scores(
+        fabric, learned, tasks, number, loss, name, all_at_once=all_at_once, largest=config.tasks_at_once
+    )
 
 
 def learner(fabric: Fabric, config: MAMLConfig, model: nn.Module, rates: nn.Module | None, loss: TaskLoss) -> Learner:
@@ -488,7 +491,9 @@ def adapt(
     initial, inner_rates = initial_of(adapted_model), by_name(rates)
     inputs, targets = (part.unsqueeze(0) for part in support)
     number = config.test_steps if steps is None else steps
-    *_, adapted = inner_loop(task_model, config, per_task(loss), initial, inner_rates, inputs, targets, steps=number)
+    losses = per_task(loss)
+    with torch.enable_grad():
+        *_, adapted = inner_loop(task_model, config, losses, initial, inner_rates, inputs, targets, steps=number)
     with torch.no_grad():
         for name, parameter in initial.items():
             parameter.copy_(adapted[name].reshape(parameter.shape))
