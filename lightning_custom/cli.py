@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from lightning_custom.config import RunConfig, read_config
-from lightning_custom.errors import CheckpointError, ConfigError, NonFiniteError
+from lightning_custom.errors import CheckpointError, ConfigError, NonFiniteError, SolverError
 from lightning_custom.run import CONFIG, exit_status
 
 Main = Callable[[Any], Any]
@@ -60,11 +60,11 @@ def command_line(
         if settings.replay_step is not None and _is_first():
             print(f"replayed step {settings.replay_step}: {run_dir}", flush=True)
         return 0 if run_dir is None or _launched_from_outside() else exit_status(run_dir) if _is_first() else 0
-    except (ConfigError, CheckpointError, NonFiniteError) as error:
+    except (ConfigError, CheckpointError, NonFiniteError, SolverError) as error:
         if _left_by_process_0():
             return 0
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1 if isinstance(error, NonFiniteError) else WRONG_USAGE
+        return 1 if isinstance(error, (NonFiniteError, SolverError)) else WRONG_USAGE
     except Exception as error:
         if "WORLD_SIZE" in os.environ:
             traceback.print_exc()

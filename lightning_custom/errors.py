@@ -9,6 +9,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message names the file, the reason and what was done."""
 
 
+class SolverError(RuntimeError):
+    """A method has no answer for the gradients of a step; the message names it, the tasks and their condition."""
+
+
 class NonFiniteError(RuntimeError):
     """A loss, a gradient or a weight is not finite; ``step`` is the step by whose end it was so.
 

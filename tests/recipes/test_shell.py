@@ -165,8 +165,8 @@ def test_no_recipe_imports_a_recipe(path):
 
 
 ALLOWED = {
-    "jsonargparse", "lightning", "lightning_custom", "lightning_utilities", "numpy", "PIL", "sklearn", "tensorboard",
-    "torch", "torchmetrics", "torchvision", "tqdm", "yaml",
+    "ale_py", "gymnasium", "jsonargparse", "lightning", "lightning_custom", "lightning_utilities", "mujoco", "numpy",
+    "PIL", "scipy", "sklearn", "tensorboard", "torch", "torchmetrics", "torchvision", "tqdm", "yaml",
 }  # fmt: skip
 
 
