@@ -117,7 +117,8 @@ def first_difference(expected: Any, actual: Any, name: str = "state") -> str | N
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().reshape(-1).view(torch.uint8)
+    # A copy, because the stride of an empty or expanded tensor may be 0.
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
 
 
 def _distance(expected: Tensor, actual: Tensor) -> float:
