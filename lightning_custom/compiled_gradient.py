@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lightning_custom.errors import ConfigError
@@ -87,6 +88,7 @@ class _HandOver(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
         gradients = iter(ctx.saved_tensors)
         return (None, None, *(next(gradients) * above[0] if wanted else None for wanted in ctx.wanted))

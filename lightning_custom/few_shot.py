@@ -43,6 +43,18 @@ def require_a_task_each(fabric: Fabric, meta_batch_size: int) -> None:
         raise ConfigError(f"meta_batch_size: {meta_batch_size} for {fabric.world_size} processes; each needs one")
 
 
+def require_share(fabric: Fabric, share: Sequence[Tensor], meta_batch_size: int) -> Sequence[Tensor]:
+    """``share``; :class:`ConfigError` where it is not this process's part of the meta-batch, as gradients assume."""
+    first, rest = divmod(meta_batch_size, fabric.world_size)
+    expected = first + (fabric.global_rank < rest)
+    if len(share[0]) != expected:
+        raise ConfigError(
+            f"meta_batch_size: {meta_batch_size} over {fabric.world_size} processes is {expected} for process "
+            f"{fabric.global_rank}, but the iterable yields {len(share[0])} tasks; make them equal"
+        )
+    return share
+
+
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that training changes, by name, live."""
     return {name: parameter for name, parameter in unwrap(module).named_parameters() if parameter.requires_grad}

@@ -66,7 +66,7 @@ def adam(
 
 
 def _descend(parameters: Parameters, directions: Parameters, rates: Rates) -> Parameters:
-    if isinstance(rates, float):
+    if isinstance(rates, (int, float)):
         return {name: part.add(directions[name], alpha=-rates) for name, part in parameters.items()}
     return {name: part - rates[name] * directions[name] for name, part in parameters.items()}
 
@@ -77,7 +77,7 @@ INNER_OPTIMIZERS: dict[str, InnerOptimizer] = {"sgd": sgd, "momentum": momentum,
 
 def clip_each_task(gradients: Parameters, max_norm: float) -> Parameters:
     """Gradients ``[T, ...]`` scaled down where a task's norm over all of them is above ``max_norm``; differentiable."""
-    squares = torch.stack([part.flatten(1).square().sum(1) for part in gradients.values()]).sum(0)
+    squares = torch.stack([part.reshape(len(part), -1).square().sum(1) for part in gradients.values()]).sum(0)
     # Where the norm is zero its derivative would not be a number.
     norms = (squares + 1e-24).sqrt()
     scale = (max_norm / norms).clamp(max=1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.functional import cross_entropy, layer_norm, linear, mse_loss
 
+from lightning_custom.errors import ConfigError
 from lightning_custom.precision import Bare
 
 Parameters = Mapping[str, Tensor]
@@ -70,8 +71,11 @@ def _flat_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
     """The layers of a sequence with the prefixes of their parameters; none if there is one without a rule."""
     if type(module) is not nn.Sequential:
         return
+    if len(dict(module.named_parameters(remove_duplicate=False))) != len(dict(module.named_parameters())):
+        return  # tied parameters have one name of several
     found: list[tuple[str, nn.Module]] = []
-    for name, layer in module.named_children():
+    # named_children leaves out a layer that comes again, such as one activation used throughout.
+    for name, layer in module._modules.items():
         inner = list(_flat_layers(layer, f"{prefix}{name}.")) if type(layer) is nn.Sequential else []
         if not inner and type(layer) not in {*_TASK_BATCHED, *_ACTIVATIONS}:
             return
@@ -149,6 +153,10 @@ def per_task(loss: Callable[[Tensor, Tensor], Tensor] | None) -> TaskLoss:
 
 
 def _mean_squared_errors(outputs: Tensor, targets: Tensor) -> Tensor:
+    if outputs.shape != targets.shape:
+        raise ConfigError(
+            f"targets: shape {tuple(targets.shape)}, but the model's outputs have {tuple(outputs.shape)}; give the same"
+        )
     return (outputs - targets).square().flatten(1).mean(1)
 
 

@@ -7,13 +7,17 @@ result depends on the order of the tasks and on the number of processes.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, cast
 
 import torch
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from lightning_custom.distributed import sum_over_processes
 from lightning_custom.errors import ConfigError
 
 
@@ -119,11 +123,27 @@ def with_batch_statistics(model: nn.Module) -> nn.Module:
     The new layers hold the same parameters, not copies, so that optimizers keep theirs; running statistics are
     dropped. Where the model itself is such a layer its replacement is returned.
     """
-    replaced: dict[nn.Module, BatchStatisticsNorm] = {}
+    return _with_replaced(model, _BATCH_NORMS, _replacement)
+
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def _replacement(layer: nn.Module) -> BatchStatisticsNorm:
+    layer = cast("nn.BatchNorm2d", layer)
+    norm = BatchStatisticsNorm(layer.num_features, eps=layer.eps, affine=False)
+    norm.weight, norm.bias = layer.weight, layer.bias
+    return norm.train(layer.training)
+
+
+def _with_replaced(
+    model: nn.Module, kinds: tuple[type[nn.Module], ...], replacement: Callable[[nn.Module], nn.Module]
+) -> nn.Module:
+    replaced: dict[nn.Module, nn.Module] = {}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+        if not isinstance(layer, kinds):
             continue
-        norm = replaced.get(layer) or replaced.setdefault(layer, _replacement(layer))
+        norm = replaced.get(layer) or replaced.setdefault(layer, replacement(layer))
         if not name:
             return norm
         parent, _, own = name.rpartition(".")
@@ -131,7 +151,126 @@ def with_batch_statistics(model: nn.Module) -> nn.Module:
     return model
 
 
-def _replacement(layer: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) -> BatchStatisticsNorm:
-    norm = BatchStatisticsNorm(layer.num_features, eps=layer.eps, affine=False)
-    norm.weight, norm.bias = layer.weight, layer.bias
+Statistics = Literal["batch", "collect", "running"]
+"""``batch``: those of the samples at hand; ``collect``: the same, remembered; ``running``: the mean of remembered ones.
+"""
+
+
+class PerStepNorm(BatchStatisticsNorm):
+    """Batch normalisation with a weight, a bias and running statistics for each step of an inner loop.
+
+    Weights and biases are ``[N, C]`` for N steps, and so are ``running_mean`` and ``running_var``. Which of the N sets
+    a pass uses, and whose statistics, says :func:`set_inner_step_`; running statistics move in
+    :func:`update_running_statistics_` alone, never in a pass. MAML++, Antoniou et al. 2019, section 4 (BNWB and BNRS).
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_features: int, num_steps: int, *, eps: float = 1e-5) -> None:
+        super().__init__(num_features, eps=eps, affine=False)
+        self.weight = nn.Parameter(torch.ones(num_steps, num_features))
+        self.bias = nn.Parameter(torch.zeros(num_steps, num_features))
+        self.register_buffer("running_mean", torch.zeros(num_steps, num_features))
+        self.register_buffer("running_var", torch.ones(num_steps, num_features))
+        self.inner_step = 0
+        self.statistics: Statistics = "batch"
+        self.collected: dict[int, list[Tensor]] = {}
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Inputs, normalised by the statistics and scaled by the weight and bias of the inner step."""
+        channels = (1, -1, *(1 for _ in inputs.shape[2:]))
+        values = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+        if self.statistics == "running":
+            mean, variance = (part[self.inner_step].view(channels) for part in (self.running_mean, self.running_var))
+            centred = values - mean
+        else:
+            seen = len(inputs) if self.statistics_from is None else self.statistics_from
+            self._check(inputs, seen)
+            over = (0, *range(2, inputs.dim()))
+            mean = values[:seen].mean(over, keepdim=True)
+            centred = values - mean
+            variance = centred[:seen].square().mean(over, keepdim=True)
+            if self.statistics == "collect":
+                size = centred[:seen].numel() // self.num_features
+                found = torch.stack([mean.flatten(), variance.flatten() * size / (size - 1)])
+                _Collect.apply(found.detach(), self)
+        scale = torch.rsqrt(variance + self.eps) * self.weight[self.inner_step].view(channels)
+        return (centred * scale + self.bias[self.inner_step].view(channels)).to(inputs.dtype)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return f"{self.num_features}, steps={len(self.weight)}, eps={self.eps}"
+
+
+class _Collect(torch.autograd.Function):
+    """Hands a layer the statistics ``[2, C]`` of a pass; under vmap, whose values cannot leave it, those of all tasks.
+
+    The layer is an argument because containers would be copied on the way.
+    """
+
+    @staticmethod
+    def forward(found: Tensor, layer: PerStepNorm) -> Tensor:
+        layer.collected.setdefault(layer.inner_step, []).append(found.unsqueeze(0))
+        return found.new_zeros(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, found: Tensor, layer: PerStepNorm) -> tuple[Tensor, None]:
+        layer.collected.setdefault(layer.inner_step, []).append(found.movedim(in_dims[0], 0))
+        return found.new_zeros(()), None
+
+
+def with_per_step_norm(model: nn.Module, num_steps: int) -> nn.Module:
+    """Replace batch normalisation of any kind by :class:`PerStepNorm`, in place, and return the model.
+
+    Every step starts from the weight and bias that the layer had. Where the model itself is such a layer its
+    replacement is returned. A layer that is per step already stays.
+    """
+    return _with_replaced(model, (*_BATCH_NORMS, BatchStatisticsNorm), partial(_per_step, num_steps))
+
+
+def _per_step(num_steps: int, layer: nn.Module) -> PerStepNorm:
+    if isinstance(layer, PerStepNorm):
+        return layer
+    layer = cast("nn.BatchNorm2d", layer)
+    norm = PerStepNorm(layer.num_features, num_steps, eps=layer.eps)
+    if layer.weight is not None:
+        norm.to(layer.weight)
+        with torch.no_grad():
+            norm.weight.copy_(layer.weight.expand_as(norm.weight))
+            norm.bias.copy_(layer.bias.expand_as(norm.bias))
     return norm.train(layer.training)
+
+
+def per_step_norms(model: nn.Module) -> dict[str, PerStepNorm]:
+    """The layers of ``model`` that have a set of parameters and statistics for each inner step, by name."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, PerStepNorm)}
+
+
+def set_inner_step_(model: nn.Module, step: int, statistics: Statistics = "batch") -> None:
+    """From here on every :class:`PerStepNorm` of ``model`` is that of inner step ``step``, at most its last."""
+    for layer in per_step_norms(model).values():
+        layer.inner_step, layer.statistics = min(step, len(layer.weight) - 1), statistics
+
+
+@torch.no_grad()
+def update_running_statistics_(fabric: Fabric, model: nn.Module, *, momentum: float = 0.1) -> None:
+    """Move the running statistics of each step towards the mean of what its passes collected, and forget that.
+
+    The mean is over tasks, passes and processes, so that neither their order nor their number changes it; torch's own
+    layers move at every pass. Steps without a pass keep theirs. Every process calls it, with the same steps.
+    """
+    for layer in per_step_norms(model).values():
+        for step in sorted(layer.collected):
+            found = torch.cat(layer.collected.pop(step))
+            count = found.new_full((1, found.shape[2]), float(len(found)))
+            total = sum_over_processes(fabric, torch.cat([found.sum(0), count]))
+            mean, variance = total[:2] / total[2]
+            layer.running_mean[step].lerp_(mean.to(layer.running_mean.dtype), momentum)
+            layer.running_var[step].lerp_(variance.to(layer.running_var.dtype), momentum)

@@ -136,6 +136,19 @@ def _without_replacement(uniform: Tensor, size: int) -> Tensor:
     return deck[:, :count]
 
 
+def minibatch_order(number: int, samples: int, *, steps: int, batch_size: int, generator: torch.Generator) -> Tensor:
+    """Which samples of each task a step of its inner loop sees: indices below ``samples``, ``[T, steps, B]``.
+
+    Passes over the task's samples, each shuffled anew, cut into batches one after another; a batch that a pass does not
+    fill is filled by the next. A task with fewer samples than ``batch_size`` has all of them in every batch.
+    """
+    batch_size = min(batch_size, samples)
+    passes = -(-steps * batch_size // samples)
+    uniform = torch.rand(number, passes, samples, generator=generator, dtype=torch.float64)
+    order = uniform.argsort(-1).flatten(1)[:, : steps * batch_size]
+    return order.view(number, steps, batch_size)
+
+
 def grey_images(images: Tensor) -> Tensor:
     """Bytes ``[..., H, W]`` as one-channel float32 images ``[..., 1, H, W]`` in [0, 1]."""
     return images.unsqueeze(-3).to(torch.float32, copy=True).div_(255)

@@ -33,6 +33,7 @@ from lightning_custom.config import RunConfig, read_config, require_at_least, wi
 from lightning_custom.data import Batches
 from lightning_custom.distributed import mean_gradients_, take_share
 from lightning_custom.errors import ConfigError
+from lightning_custom.evaluation import evaluating
 from lightning_custom.exact_reduction import sum_in_fixed_order_, take_gradient_
 from lightning_custom.few_shot import (
     Family,
@@ -45,6 +46,7 @@ from lightning_custom.few_shot import (
     load_tasks,
     mean_over_tasks,
     one_after_another,
+    require_share,
     score_lines,
     wave_picture,
 )
@@ -140,6 +142,8 @@ class MAMLConfig(RunConfig):
             self,
             {"tasks_at_once": 0, "ways": 2, "shots": 1, "query_shots": 1, "width": 1, "val_tasks": 2, "test_tasks": 2},
         )
+        if self.proto_head and self.adapt == "body":
+            raise ConfigError("proto_head: the inner loop goes on from that head, but adapt is body; use all or head")
         if self.exact_reduction and (self.task_batching == "vmap" or self.compile):
             raise ConfigError("exact_reduction: needs each task's own gradient; use --task_batching loop, no --compile")
 
@@ -246,10 +250,11 @@ def train(
             rng = seed_step(config.seed, state.step, fabric)
 
             # The tasks of this step are the same for any number of processes, each of which takes its share.
+            share: Sequence[Tensor]
             if state.batches is None:
                 share = [take_share(part, fabric) for part in tasks(config.meta_batch_size, rng.shared)]
             else:
-                share = next(state.batches)
+                share = require_share(fabric, next(state.batches), config.meta_batch_size)
 
             state.optimizer.zero_grad()
             found, of_each_task = [], []
@@ -359,6 +364,8 @@ def starting_point(
 
 def prototype_head(model: TaskModel, initial: Parameters, inputs: Tensor, targets: Tensor, ways: int) -> Parameters:
     """A last layer for each task, from class means c: weights 2c, bias -|c|^2 (Triantafillou et al. 2020)."""
+    if targets.is_floating_point():
+        raise ConfigError("proto_head: targets are numbers; it needs classes, leave it out for regression")
     prefix = head_of(model.module)
     weight = initial[f"{prefix}weight"]
     # With the identity as its last layer, the network's outputs are its features.
@@ -420,7 +427,8 @@ def joint_step(fabric: Fabric, config: MAMLConfig, state: MAMLState, loss: TaskL
     model, optimizer = cast("nn.Module", state.joint), cast("Optimizer", state.joint_optimizer)
     support_inputs, support_targets, query_inputs, query_targets = share
     inputs, targets = torch.cat([support_inputs, query_inputs], 1), torch.cat([support_targets, query_targets], 1)
-    outputs = bare(fabric, model)(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
+    # Task by task, for batch normalisation: statistics of a share would depend on the number of processes.
+    outputs = over_tasks(fabric, config, model)(inputs, initial_of(model))
     optimizer.zero_grad()
     fabric.backward(loss(outputs, targets).sum() * (fabric.world_size / config.meta_batch_size))
     mean_gradients_(fabric, model)
@@ -453,9 +461,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Scores on ``number`` held-out tasks along ``test_steps`` updates of the inner loop."""
     learned, all_at_once = learner(fabric, config, model, rates, loss), over_tasks(fabric, config, model).together
-    return held_out_scores(
-        fabric, learned, tasks, number, loss, name, all_at_once=all_at_once, largest=config.tasks_at_once
-    )
+    with evaluating(model), torch.enable_grad():
+        return held_out_scores(
+            fabric, learned, tasks, number, loss, name, all_at_once=all_at_once, largest=config.tasks_at_once
+        )
 
 
 def learner(fabric: Fabric, config: MAMLConfig, model: nn.Module, rates: nn.Module | None, loss: TaskLoss) -> Learner:

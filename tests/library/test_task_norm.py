@@ -9,11 +9,17 @@ from torch.func import functional_call, grad, vmap
 from lightning_custom.errors import ConfigError
 from lightning_custom.task_norm import (
     BatchStatisticsNorm,
+    PerStepNorm,
+    per_step_norms,
     require_safe_norms,
+    set_inner_step_,
     statistics_from,
     unsafe_norms,
+    update_running_statistics_,
     with_batch_statistics,
+    with_per_step_norm,
 )
+from lightning_custom.testing import in_processes, single_process
 
 
 def numbers(*shape, seed=0, dtype=torch.float64):
@@ -244,3 +250,166 @@ def test_what_has_no_statistics_is_refused():
         norm(torch.zeros(4, 3))
     with pytest.raises(ConfigError, match="statistics_from: 0; give the number"), statistics_from(norm, 0):
         pass
+
+
+# A set of parameters and statistics for each inner step
+
+
+def per_step(num_steps=3, channels=4):
+    norm = PerStepNorm(channels, num_steps).double()
+    with torch.no_grad():
+        for seed, parameter in enumerate(norm.parameters()):
+            parameter.copy_(numbers(*parameter.shape, seed=seed))
+    return norm
+
+
+@pytest.mark.parametrize("kind, shape", TORCHS.values(), ids=TORCHS)
+def test_each_step_is_torchs_layer_with_the_parameters_of_that_step(kind, shape):
+    norm = per_step()
+    for step in (2, 0, 1):
+        reference = kind(4, track_running_stats=False).double()
+        reference.load_state_dict({"weight": norm.weight[step], "bias": norm.bias[step]})
+        set_inner_step_(norm, step)
+        results = []
+        for layer in (reference, norm):
+            inputs = numbers(*shape, seed=2).requires_grad_()
+            outputs = layer(inputs)
+            parameters = list(layer.parameters())
+            results.append([outputs, *torch.autograd.grad(outputs.sin().sum(), [inputs, *parameters])])
+        rest = [part[torch.arange(3) != step] for part in results[1][2:]]
+        assert all(part.abs().sum() == 0 for part in rest)
+        results[1][2:] = [part[step] for part in results[1][2:]]
+        for expected, found in zip(*results, strict=True):
+            assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def test_steps_past_the_last_are_the_last():
+    norm = per_step()
+    outputs = []
+    for step in (2, 3, 40, 1):
+        set_inner_step_(nn.Sequential(norm), step)
+        outputs.append(norm(numbers(5, 4)))
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+    assert not torch.allclose(outputs[0], outputs[3])
+
+
+@pytest.mark.parametrize("statistics", ["batch", "collect", "running"])
+def test_second_derivatives_of_a_step_are_finite_differences(statistics):
+    norm = PerStepNorm(3, 2).double()
+    norm.running_mean.copy_(numbers(2, 3, seed=4))
+    norm.running_var.copy_(numbers(2, 3, seed=5).square() + 0.5)
+    set_inner_step_(norm, 1, statistics)
+
+    def normalised(inputs, weight, bias):
+        return functional_call(norm, {"weight": weight, "bias": bias}, (inputs,))
+
+    inputs = [part.requires_grad_() for part in (numbers(4, 3), numbers(2, 3, seed=1), numbers(2, 3, seed=2))]
+    assert torch.autograd.gradcheck(normalised, inputs)
+    assert torch.autograd.gradgradcheck(normalised, inputs)
+
+
+@pytest.mark.parametrize("kind, shape", TORCHS.values(), ids=TORCHS)
+def test_running_statistics_after_one_pass_and_outputs_with_them_are_torchs(kind, shape):
+    reference, norm = kind(4).double(), PerStepNorm(4, 2).double()
+    for seed in range(3):
+        reference(numbers(*shape, seed=seed))
+        set_inner_step_(norm, 1, "collect")
+        norm(numbers(*shape, seed=seed))
+        update_running_statistics_(single_process(), norm)
+    assert torch.allclose(norm.running_mean[1], reference.running_mean, rtol=0, atol=1e-12)
+    assert torch.allclose(norm.running_var[1], reference.running_var, rtol=0, atol=1e-12)
+    assert torch.equal(norm.running_mean[0], torch.zeros(4, dtype=torch.float64))
+    set_inner_step_(norm, 1, "running")
+    inputs = numbers(*shape, seed=9)
+    assert torch.allclose(norm(inputs), reference.eval()(inputs), rtol=0, atol=1e-12)
+    # A single sample has no statistics of its own.
+    assert torch.allclose(norm(inputs[:1]), reference(inputs[:1]), rtol=0, atol=1e-12)
+
+
+def collected(order, *, together=False):
+    """The statistics that a layer has after a pass of each of four tasks, for two steps."""
+    norm, tasks = PerStepNorm(3, 2).double(), numbers(4, 5, 3, 2, 2)
+    for step in range(2):
+        set_inner_step_(norm, step, "collect")
+        inputs = (1 + step) * tasks[order]
+        if together:
+            vmap(norm)(inputs)
+        else:
+            for task in inputs:
+                norm(task)
+    return norm
+
+
+def test_running_statistics_do_not_depend_on_the_order_of_tasks_or_whether_they_are_one_pass():
+    norms = [collected([0, 1, 2, 3]), collected([3, 1, 0, 2]), collected([0, 1, 2, 3], together=True)]
+    for norm in norms:
+        update_running_statistics_(single_process(), norm)
+    tasks = numbers(4, 5, 3, 2, 2)
+    for norm in norms:
+        assert torch.allclose(norm.running_mean[0], 0.1 * tasks.mean((0, 1, 3, 4)), rtol=0, atol=1e-12)
+        variance = torch.stack([task.var((0, 2, 3)) for task in tasks]).mean(0)
+        assert torch.allclose(norm.running_var[0], 0.9 + 0.1 * variance, rtol=0, atol=1e-12)
+        assert torch.allclose(norm.running_mean[1], 2 * norm.running_mean[0], rtol=0, atol=1e-12)
+    # torch's own layer depends on it.
+    orders = [nn.BatchNorm2d(3).double(), nn.BatchNorm2d(3).double()]
+    for layer, order in zip(orders, ([0, 1, 2, 3], [3, 1, 0, 2]), strict=True):
+        for task in tasks[order]:
+            layer(task)
+    assert not torch.allclose(orders[0].running_mean, orders[1].running_mean)
+
+
+def test_what_was_collected_is_used_once_and_a_pass_alone_changes_nothing():
+    norm = collected([0, 1, 2, 3])
+    assert torch.equal(norm.running_mean, torch.zeros(2, 3, dtype=torch.float64))
+    update_running_statistics_(single_process(), norm)
+    before = norm.running_mean.clone()
+    for statistics in ("batch", "running"):
+        set_inner_step_(norm, 0, statistics)
+        norm(numbers(5, 3))
+        update_running_statistics_(single_process(), norm)
+    assert torch.equal(norm.running_mean, before)
+
+
+def statistics_of_a_share(fabric):
+    norm = collected([[0, 1, 2], [3]][fabric.global_rank])
+    update_running_statistics_(fabric, norm)
+    return [norm.running_mean, norm.running_var]
+
+
+@pytest.mark.distributed
+def test_two_processes_with_unequal_shares_have_the_statistics_of_one():
+    norm = collected([0, 1, 2, 3])
+    update_running_statistics_(single_process(), norm)
+    for found in in_processes(statistics_of_a_share, 2):
+        assert torch.allclose(found[0], norm.running_mean, rtol=0, atol=1e-14)
+        assert torch.allclose(found[1], norm.running_var, rtol=0, atol=1e-14)
+
+
+def test_replaced_layers_start_each_step_as_the_layer_was():
+    torch.manual_seed(0)
+    shared = nn.BatchNorm2d(3, eps=1e-3)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), shared, nn.ReLU(), nn.Sequential(nn.Conv2d(3, 3, 1), shared))
+    model.append(BatchStatisticsNorm(3)).append(nn.BatchNorm2d(3, affine=False)).append(nn.GroupNorm(1, 3)).double()
+    with torch.no_grad():
+        shared.weight.copy_(numbers(3))
+        model[4].bias.copy_(numbers(3, seed=1))
+    inputs = numbers(5, 2, 4, 4)
+    before = model(inputs)
+    replaced = with_per_step_norm(model, 2)
+    assert replaced is model
+    assert list(per_step_norms(model)) == ["1", "4", "5"]
+    assert model[3][1] is model[1]
+    assert isinstance(model[6], nn.GroupNorm)
+    for step in range(2):
+        set_inner_step_(model, step)
+        assert torch.allclose(model(inputs), before, rtol=0, atol=1e-12)
+    require_safe_norms(model)
+    layers = list(per_step_norms(model).values())
+    assert list(per_step_norms(with_per_step_norm(model, 5)).values()) == layers
+    assert isinstance(with_per_step_norm(nn.BatchNorm1d(3), 4), PerStepNorm)
+
+
+def test_a_step_with_one_value_a_channel_is_refused():
+    with pytest.raises(ConfigError, match=r"inputs: shape \(1, 3\) with statistics of one value a channel; give more"):
+        PerStepNorm(3, 2)(torch.zeros(1, 3))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lightning_custom.errors import ConfigError
-from lightning_custom.tasks import FewShot, Sinusoids, Tasks, grey_images, with_rotations
+from lightning_custom.tasks import FewShot, Sinusoids, Tasks, grey_images, minibatch_order, with_rotations
 
 
 def seeded(seed=0):
@@ -229,3 +229,18 @@ def test_what_cannot_be_drawn_is_refused(make, message):
 
 def test_every_class_and_example_can_be_used():
     assert FewShot(numbered(4, 4), ways=4, shots=1, query_shots=3)(2, seeded()).query_inputs.shape == (2, 12, 1, 1)
+
+
+@pytest.mark.parametrize("steps, batch_size", [(5, 4), (2, 7), (1, 3)])
+def test_minibatches_are_shuffled_passes_cut_one_after_another(steps, batch_size):
+    order = minibatch_order(3, 7, steps=steps, batch_size=batch_size, generator=torch.Generator().manual_seed(0))
+    assert order.shape == (3, steps, batch_size)
+    for row in order.flatten(1):
+        for part in row.split(7):
+            assert len(set(part.tolist())) == len(part)
+    assert not torch.equal(order[0], order[1])
+
+
+def test_a_minibatch_larger_than_its_task_has_every_sample():
+    order = minibatch_order(2, 3, steps=4, batch_size=10, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(order.sort(-1).values, torch.arange(3).expand(2, 4, -1))

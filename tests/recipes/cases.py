@@ -4,19 +4,27 @@ A recipe joins by a ``run`` function and a row in :data:`CASES`.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric import Fabric
-from torch.nn.functional import cross_entropy, multi_margin_loss
-from torch.utils.data import TensorDataset
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss, multi_margin_loss
+from torch.utils.data import Dataset, TensorDataset
 
 from lightning_custom.config import RunConfig
-from lightning_custom.datasets import Images, digits
-from lightning_custom.networks import ConvClassifier
-from recipes import classification, gan
+from lightning_custom.datasets import Images, digits, overlaid
+from lightning_custom.distributed import take_share
+from lightning_custom.few_shot import Sampler
+from lightning_custom.multitask.methods import Method
+from lightning_custom.multitask.task_losses import MISSING
+from lightning_custom.multitask.weighting import Weighting
+from lightning_custom.networks import ConvClassifier, LeNetTrunk, mlp_head
+from lightning_custom.task_norm import BatchStatisticsNorm
+from lightning_custom.tasks import FewShot, Sinusoids
+from recipes import classification, gan, imaml, maml, maml_plus_plus, multitask, reptile
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,225 @@ def run_classification(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class MAMLCase(maml.MAMLConfig):
+    """With the tasks, and the network for them, that a user gives to ``train`` beside the config."""
+
+    own: Literal["", "images", "stream"] = ""
+
+
+def image_tasks(shots: int = 2, query_shots: int = 2) -> FewShot:
+    """Three of six classes of noise around an image each."""
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(6, 1, 1, 8, 8, generator=draw) + 0.5 * torch.randn(6, 8, 1, 8, 8, generator=draw)
+    return FewShot(images, ways=3, shots=shots, query_shots=query_shots)
+
+
+class TaskStream:
+    """An iterable of this process's part of each meta-batch, which knows its place."""
+
+    def __init__(self, fabric: Fabric, sampler: Sampler, meta_batch_size: int) -> None:
+        self.fabric, self.sampler, self.meta_batch_size, self.place = fabric, sampler, meta_batch_size, 0
+
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+        while True:
+            tasks = self.sampler(self.meta_batch_size, torch.Generator().manual_seed(self.place))
+            self.place += 1
+            yield [take_share(part, self.fabric) for part in tasks]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.place = state["place"]
+
+
+class SmallConvNet(nn.Module):
+    """One block of convolution and normalisation: images ``[B, 1, 8, 8]`` of one task to logits of three classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        convolution = nn.Conv2d(1, 4, 3, stride=2, bias=False)
+        self.trunk = nn.Sequential(convolution, BatchStatisticsNorm(4), nn.ReLU(), nn.Flatten())
+        self.head = nn.Linear(36, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.trunk(images))  # type: ignore[no-any-return]
+
+
+def run_maml(fabric: Fabric, config: maml.MAMLConfig) -> maml.MAMLState:
+    own = getattr(config, "own", "")
+    # A function, not the family itself: a picture at every validation would take as long as the run.
+    waves = Sinusoids(config.shots, config.query_shots).__call__
+    torch.manual_seed(config.seed)
+    if own == "images":
+        return maml.train(fabric, config, model=SmallConvNet(), tasks=image_tasks())
+    model = maml.network(config)
+    if own == "stream":
+        stream = TaskStream(fabric, waves, config.meta_batch_size)
+        return maml.train(fabric, config, model=model, tasks=stream, val_tasks=waves)
+    return maml.train(fabric, config, model=model, tasks=waves)
+
+
+IMAGES: dict[str, Any] = {"own": "images", "ways": 3, "inner_lr": 0.1, "joint": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAMLPlusPlusCase(maml_plus_plus.MAMLPlusPlusConfig):
+    """With the tasks, and the network for them, that a user gives to ``train`` beside the config."""
+
+    own: Literal["", "images", "stream"] = ""
+
+
+def run_maml_plus_plus(fabric: Fabric, config: maml_plus_plus.MAMLPlusPlusConfig) -> maml_plus_plus.MAMLPlusPlusState:
+    own, waves = getattr(config, "own", ""), Sinusoids(config.shots, config.query_shots).__call__
+    torch.manual_seed(config.seed)
+    if own == "images":
+        return maml_plus_plus.train(fabric, config, model=SmallConvNet(), tasks=image_tasks())
+    model = maml_plus_plus.network(config)
+    if own == "stream":
+        stream = TaskStream(fabric, waves, config.meta_batch_size)
+        return maml_plus_plus.train(fabric, config, model=model, tasks=stream, val_tasks=waves)
+    return maml_plus_plus.train(fabric, config, model=model, tasks=waves)
+
+
+NORMED: dict[str, Any] = {"own": "images", "ways": 3, "width": 4, "inner_lr": 0.1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReptileCase(reptile.ReptileConfig):
+    """With the tasks, and the network for them, that a user gives to ``train`` beside the config."""
+
+    own: Literal["", "images", "stream"] = ""
+    own_optimizer: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class IMAMLCase(imaml.IMAMLConfig):
+    """With the tasks, and the network for them, that a user gives to ``train`` beside the config."""
+
+    own: Literal["", "images", "stream"] = ""
+
+
+def run_reptile(fabric: Fabric, config: reptile.ReptileConfig) -> reptile.ReptileState:
+    own_optimizer = torch.optim.Adam if getattr(config, "own_optimizer", False) else None
+    return run_without_pictures(reptile, fabric, config, optimizer=own_optimizer)
+
+
+def run_imaml(fabric: Fabric, config: imaml.IMAMLConfig) -> imaml.IMAMLState:
+    return run_without_pictures(imaml, fabric, config)
+
+
+def run_without_pictures(recipe: Any, fabric: Fabric, config: Any, **own_parts: Any) -> Any:
+    own, waves = getattr(config, "own", ""), Sinusoids(config.shots, config.query_shots).__call__
+    torch.manual_seed(config.seed)
+    if own == "images":
+        return recipe.train(fabric, config, model=SmallConvNet(), tasks=image_tasks(), **own_parts)
+    tasks = TaskStream(fabric, waves, config.meta_batch_size) if own == "stream" else waves
+    return recipe.train(fabric, config, model=recipe.network(config), tasks=tasks, val_tasks=waves, **own_parts)
+
+
+FEW_SHOT: dict[str, Any] = {
+    "steps": 30, "log_every": 4, "validate_every": 10, "checkpoint_every": 8, "meta_batch_size": 5, "width": 8,
+    "shots": 3, "query_shots": 4, "inner_steps": 2, "test_steps": 2, "val_tasks": 5,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultitaskCase(multitask.MultitaskConfig):
+    """With what a user gives to ``train`` beside the config."""
+
+    own: Literal["", "sets", "optimizer-and-method"] = ""
+
+
+class OverlaidTargets(Dataset[Any]):
+    """Two overlaid digits: the left one's class, the right one's class and parity, and how light the picture is.
+
+    Half of the left labels are missing, and three quarters of the lightness: in some steps on one of two processes.
+    """
+
+    def __init__(self, data: Images) -> None:
+        draws = torch.rand(2, len(data.labels), generator=torch.Generator().manual_seed(5))
+        self.images, (self.known_left, self.right) = data.images, data.labels.unbind(1)
+        self.left = torch.where(draws[0] < 0.5, MISSING, self.known_left)
+        self.light = torch.where(draws[1] < 0.75, torch.nan, data.images.mean((1, 2, 3)) + 1)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        right = {"digit": self.right[index], "odd": (self.right[index] % 2).float()}
+        return self.images[index], {"left": self.left[index], "right": right, "light": self.light[index]}
+
+    def apart(self) -> dict[str, TensorDataset]:
+        """A data set a task, of different sizes and without what is missing."""
+        light = ~self.light.isnan()
+        return {
+            "left": TensorDataset(self.images[:37], self.known_left[:37]),
+            "light": TensorDataset(self.images[light], self.light[light]),
+        }
+
+
+class DigitAndParity(nn.Module):
+    """A head with several outputs."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.digit, self.odd = nn.Linear(features, 10), nn.Linear(features, 1)
+
+    def forward(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"digit": self.digit(features), "odd": self.odd(features).squeeze(1)}
+
+
+def right_loss(outputs: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]) -> torch.Tensor:
+    odd = binary_cross_entropy_with_logits(outputs["odd"], targets["odd"].to(outputs["odd"].dtype), reduction="none")
+    return cross_entropy(outputs["digit"], targets["digit"], reduction="none") + odd
+
+
+def light_loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    # A mean, where the others give a value for each sample.
+    return mse_loss(outputs, targets.to(outputs.dtype))
+
+
+class InverseLosses(Weighting):
+    def weigh(self, losses: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return 1 / losses
+
+
+def run_multitask(fabric: Fabric, config: multitask.MultitaskConfig) -> multitask.MultitaskState:
+    # A size that batches do not divide, and a validation whose last batch has another size than the first.
+    data = overlaid(digits(), 12, count=11 * config.batch_size + 2)
+    train_data, val_data = OverlaidTargets(data), OverlaidTargets(overlaid(digits(), 12, count=43, seed=1))
+    own = getattr(config, "own", "")
+    torch.manual_seed(config.seed)
+    trunk = LeNetTrunk(1, 12, width=config.width, features=8, kernel=3, padding=1)
+    heads = {
+        "left": mlp_head(8, 10, width=6),
+        "right": DigitAndParity(8),
+        "light": nn.Sequential(nn.Linear(8, 1), nn.Flatten(0)),
+    }
+    losses = {"left": multitask.sample_entropies, "right": right_loss, "light": light_loss}
+    if own == "sets":
+        del heads["right"], losses["right"]
+    return multitask.train(
+        fabric,
+        config,
+        trunk=trunk,
+        heads=heads,
+        data=train_data.apart() if own == "sets" else train_data,
+        losses=losses,
+        val_data=val_data.apart() if own == "sets" else val_data,
+        method=InverseLosses(list(heads)) if own == "optimizer-and-method" else None,
+        optimizer=SignMomentum if own == "optimizer-and-method" else None,
+    )
+
+
+MULTITASK_OPTIONS: dict[str, dict[str, Any]] = {
+    "static": {"fixed": {"left": 1.0, "right": 0.5, "light": 2.0}},
+    "dwa": {"window": 3},
+}
+
+
 CASES = [
     Case(
         name="gan",
@@ -149,5 +376,152 @@ CASES = [
             "watched": {"watch_every": 5},
         },
         preset=classification.ClassificationConfig(**classification.PRESETS["digits"] | {"steps": 30}),
+    ),
+    Case(
+        name="maml",
+        module="recipes.maml",
+        run=run_maml,
+        # A meta-batch that two processes do not divide.
+        config=MAMLCase(
+            steps=30,
+            log_every=4,
+            validate_every=10,
+            checkpoint_every=8,
+            meta_batch_size=5,
+            width=8,
+            shots=3,
+            query_shots=4,
+            test_steps=2,
+            val_tasks=5,
+        ),
+        variants={
+            "first-order": {"first_order": True},
+            "three-steps": {"inner_steps": 3},
+            "momentum": {"inner_steps": 2, "inner_optimizer": "momentum"},
+            "adam": {"inner_steps": 2, "inner_optimizer": "adam"},
+            "clipped": {"inner_clip_norm": 0.5},
+            "learned-rates": {"learn_inner_lr": True, "inner_steps": 2},
+            "head": {"adapt": "head"},
+            "body": {"adapt": "body"},
+            "frozen": {"frozen": ("0.",)},
+            "recomputed": {"checkpoint_inner": True, "inner_steps": 3},
+            "exact-reduction": {"exact_reduction": True},
+            "stream": {"own": "stream"},
+            "images-two-at-once": {**IMAGES, "tasks_at_once": 2, "joint": True},
+            "images-one-after-another": {**IMAGES, "task_batching": "loop"},
+            "prototypes": {**IMAGES, "proto_head": True},
+            "statistics-of-the-support": {**IMAGES, "batch_statistics": "support"},
+            "statistics-of-both": {**IMAGES, "batch_statistics": "both"},
+        },
+        preset=maml.MAMLConfig(**maml.PRESETS["sinusoid"] | {"steps": 30}),
+    ),
+    Case(
+        name="maml_plus_plus",
+        module="recipes.maml_plus_plus",
+        run=run_maml_plus_plus,
+        # A meta-batch that two processes do not divide; one query loss after 15 steps, second order after 9.
+        config=MAMLPlusPlusCase(
+            steps=30,
+            log_every=4,
+            validate_every=10,
+            checkpoint_every=8,
+            meta_batch_size=5,
+            width=8,
+            shots=3,
+            query_shots=4,
+            inner_steps=3,
+            test_steps=4,
+            multi_step_share=0.5,
+            first_order_share=0.3,
+            val_tasks=5,
+        ),
+        variants={
+            "off": {
+                "per_step_rates": False,
+                "multi_step_share": 0.0,
+                "first_order_share": 0.0,
+                "per_step_norm": False,
+                "schedule": "constant",
+            },
+            "one-rate": {"per_step_rates": False},
+            "second-order": {"first_order_share": 0.0},
+            "anneal-steps": {"anneal_steps": 12},
+            "loop": {"task_batching": "loop"},
+            "two-at-once": {"tasks_at_once": 2},
+            "stream": {"own": "stream"},
+            "images": NORMED,
+            "images-one-after-another": {**NORMED, "task_batching": "loop"},
+            "images-one-norm": {**NORMED, "per_step_norm": False},
+            "running-statistics": {**NORMED, "statistics": "running"},
+            "running-statistics-two-at-once": {**NORMED, "statistics": "running", "tasks_at_once": 2},
+        },
+        preset=maml_plus_plus.MAMLPlusPlusConfig(**maml_plus_plus.PRESETS["sinusoid"] | {"steps": 30}),
+    ),
+    Case(
+        name="reptile",
+        module="recipes.reptile",
+        run=run_reptile,
+        # A meta-batch that two processes do not divide; passes over a task's samples end inside its minibatches.
+        config=ReptileCase(**FEW_SHOT, inner_batch_size=4, test_batch_size=2),
+        variants={
+            "five-steps": {"inner_steps": 5, "lr": 0.5},
+            "constant-rate": {"anneal": False},
+            "inner-adam": {"inner_optimizer": "adam", "inner_lr": 0.01},
+            "outer-adam": {"own_optimizer": True, "lr": 0.01},
+            "stream": {"own": "stream"},
+            "images-two-at-once": {"own": "images", "tasks_at_once": 2, "inner_lr": 0.1},
+            "images-one-after-another": {"own": "images", "task_batching": "loop", "inner_lr": 0.1},
+            "statistics-of-both": {"own": "images", "batch_statistics": "both", "inner_optimizer": "adam"},
+        },
+        preset=reptile.ReptileConfig(**reptile.PRESETS["sinusoid"] | {"steps": 30}),
+    ),
+    Case(
+        name="imaml",
+        module="recipes.imaml",
+        run=run_imaml,
+        config=IMAMLCase(**FEW_SHOT, cg_steps=2, proximal=2.0),
+        variants={
+            "no-solve": {"cg_steps": 0},
+            "damped": {"cg_damping": 5.0, "inner_steps": 4},
+            "stream": {"own": "stream"},
+            "images-two-at-once": {"own": "images", "tasks_at_once": 2, "inner_lr": 0.1},
+            "images-one-after-another": {"own": "images", "task_batching": "loop", "inner_lr": 0.1},
+            "statistics-of-the-support": {"own": "images", "batch_statistics": "support"},
+        },
+        preset=imaml.IMAMLConfig(**imaml.PRESETS["sinusoid"] | {"steps": 30}),
+    ),
+    Case(
+        name="multitask",
+        module="recipes.multitask",
+        run=run_multitask,
+        # GradVac remembers something, and draws orders at random.
+        config=MultitaskCase(
+            **{"steps": 30, "log_every": 4, "validate_every": 10, "checkpoint_every": 8, "batch_size": 8, "width": 2},
+            method="gradvac",
+            schedule="constant",
+        ),
+        variants={
+            **{
+                method: {"method": method, "method_options": MULTITASK_OPTIONS.get(method)}
+                for method in get_args(Method)
+                if method != "gradvac"
+            },
+            "features": {"gradients": "features", "method": "mgda"},
+            "features-gradvac-every-third": {"gradients": "features", "method": "gradvac", "aggregate_every": 3},
+            "exact-every-third": {"aggregate_every": 3},
+            "sets": {"own": "sets"},
+            "sets-shortest": {"own": "sets", "sampling": "shortest", "method": "gradnorm"},
+            "sets-proportional": {"own": "sets", "sampling": "proportional", "method": "mgda"},
+            "sets-temperature": {"own": "sets", "sampling": "temperature", "temperature": 3.0, "method": "gradvac"},
+            "sets-ratios": {
+                "own": "sets",
+                "sampling": "ratios",
+                "ratios": {"left": 2, "light": 1},
+                "method": "uncertainty",
+            },
+            "own-optimizer-and-method": {"own": "optimizer-and-method"},
+            "head-rates": {"head_lr": {"left": 1e-4, "light": 1e-2}, "schedule": "cosine"},
+        },
+        preset=multitask.MultitaskConfig(**multitask.PRESETS["digits"] | {"steps": 30, "baselines": None}),
     ),
 ]

@@ -14,8 +14,9 @@ import torch
 from lightning_custom.machine import machine_facts
 from lightning_custom.metrics import read_rows
 from lightning_custom.networks import ConvClassifier
+from lightning_custom.tasks import Sinusoids
 from lightning_custom.testing import single_process
-from recipes import classification, gan
+from recipes import classification, gan, imaml, maml, maml_plus_plus, multitask, reptile
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 STEPS = 20
@@ -40,7 +41,52 @@ def train_classification(fabric, run_dir):
     return config
 
 
-RECIPES = {"gan": train_gan, "classification": train_classification}
+def train_maml(fabric, run_dir):
+    config = maml.MAMLConfig(run_dir=str(run_dir), stop_at=STEPS, log_every=1, accelerator="cpu")
+    maml.train(fabric, config, model=maml.network(config), tasks=Sinusoids(config.shots, config.query_shots))
+    return config
+
+
+def train_maml_plus_plus(fabric, run_dir):
+    config = maml_plus_plus.MAMLPlusPlusConfig(run_dir=str(run_dir), stop_at=STEPS, log_every=1, accelerator="cpu")
+    waves = Sinusoids(config.shots, config.query_shots)
+    maml_plus_plus.train(fabric, config, model=maml_plus_plus.network(config), tasks=waves)
+    return config
+
+
+def train_reptile(fabric, run_dir):
+    config = reptile.ReptileConfig(run_dir=str(run_dir), stop_at=STEPS, log_every=1, accelerator="cpu")
+    waves = Sinusoids(1, config.train_shots - 1)
+    reptile.train(fabric, config, model=reptile.network(config), tasks=waves)
+    return config
+
+
+def train_imaml(fabric, run_dir):
+    config = imaml.IMAMLConfig(run_dir=str(run_dir), stop_at=STEPS, log_every=1, accelerator="cpu")
+    imaml.train(fabric, config, model=imaml.network(config), tasks=Sinusoids(config.shots, config.query_shots))
+    return config
+
+
+def train_multitask(fabric, run_dir):
+    config = multitask.MultitaskConfig(
+        **multitask.PRESETS["digits"], run_dir=str(run_dir), stop_at=STEPS, log_every=1, accelerator="cpu"
+    )
+    data, _, _ = multitask.load_data(config)
+    trunk, heads = multitask.networks(config, data)
+    losses = dict.fromkeys(heads, multitask.sample_entropies)
+    multitask.train(fabric, config, trunk=trunk, heads=heads, data=multitask.dataset(config, data), losses=losses)
+    return config
+
+
+RECIPES = {
+    "gan": train_gan,
+    "classification": train_classification,
+    "maml": train_maml,
+    "maml_plus_plus": train_maml_plus_plus,
+    "reptile": train_reptile,
+    "imaml": train_imaml,
+    "multitask": train_multitask,
+}
 
 
 def processor():

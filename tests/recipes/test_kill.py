@@ -17,12 +17,26 @@ from tests.recipes.program import finish, start
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 COMMON = (
-    *("--accelerator", "cpu", "--width", 8, "--batch_size", 8),
+    *("--accelerator", "cpu", "--width", 8),
     *("--log_every", 10, "--validate_every", 250, "--checkpoint_every", 6),
 )
 RECIPES = {
-    "gan": ("--latent_size", 4),
-    "classification": ("--sam", 0.05, "--mixup", 0.2, "--average", "ema", "--schedule", "constant"),
+    "gan": ("--batch_size", 8, "--latent_size", 4),
+    "classification": (
+        *("--batch_size", 8, "--sam", 0.05, "--mixup", 0.2, "--average", "ema", "--schedule", "constant"),
+    ),
+    "maml": (
+        *("--meta_batch_size", 5, "--shots", 3, "--val_tasks", 4, "--test_tasks", 4, "--learn_inner_lr", "true"),
+        *("--inner_optimizer", "momentum", "--inner_steps", 2),
+    ),
+    "maml_plus_plus": (
+        *("--meta_batch_size", 5, "--shots", 3, "--val_tasks", 4, "--test_tasks", 4),
+        *("--inner_steps", 2, "--first_order_share", 0.3, "--multi_step_share", 0.5),
+    ),
+    "multitask": (
+        *("--width", 2, "--batch_size", 8, "--method", "gradvac", "--schedule", "constant"),
+        *("--baselines", "{left: 0.9, right: 0.9}"),
+    ),
 }
 every_recipe = pytest.mark.parametrize("recipe", RECIPES)
 MOST_SAVES = 8

@@ -9,7 +9,7 @@ from lightning_custom.extractor import fit_extractor
 from lightning_custom.generation import GenerationScores
 from lightning_custom.metrics import read_rows
 from lightning_custom.testing import single_process
-from recipes import classification, gan
+from recipes import classification, gan, maml
 
 
 def final_scores(config):
@@ -48,3 +48,24 @@ def test_classification_reaches_98_5_percent_on_the_mean_of_three_seeds(tmp_path
     found = [float(text) for text in re.findall(r"test accuracy ([\d.]+)%", capsys.readouterr().out)]
     assert len(found) == 3
     assert sum(found) / 3 >= 98.5
+
+
+def maml_scores(folder, **fields):
+    """What the last validation found: the held-out loss along the inner loop."""
+    rows = read_rows(maml.main(maml.MAMLConfig(**fields, validate_every=0, accelerator="cpu", run_dir=str(folder))))
+    return [row for row in rows if "val/loss" in row][-1]
+
+
+def test_600_steps_of_maml_halve_the_loss_on_new_waves_after_ten_inner_steps_alone(tmp_path):
+    scores = maml_scores(tmp_path, steps=600, joint=False)
+    assert scores["val/loss_after/10"] < 1.6  # 1.14 to 1.29 over four seeds, of 4.3 to 4.5 at the start
+    assert scores["val/loss_after/00"] > 2.5  # no network knows a wave before it has seen it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_mamls_default_preset_reaches_its_stated_result(seed, tmp_path):
+    scores = maml_scores(tmp_path, seed=seed)
+    assert scores["step"] == maml.MAMLConfig().steps
+    assert scores["val/loss_after/10"] < 0.25
+    assert scores["joint/loss_after/10"] > 5 * scores["val/loss_after/10"]

@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy, mse_loss
 from lightning_custom.compiled_gradient import CompiledGradient
 from lightning_custom.errors import ConfigError
 from lightning_custom.inner_optimizers import LearnedRates
-from lightning_custom.precision import Bare
 from lightning_custom.layers import freeze_
+from lightning_custom.precision import Bare
 from lightning_custom.task_batching import TaskModel, per_task
 from lightning_custom.task_norm import BatchStatisticsNorm
 from recipes import maml
@@ -332,6 +332,7 @@ def test_a_gradient_inside_vmap_is_wrong_for_batch_norm_so_that_only_the_forward
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of what it imports to compile
 @pytest.mark.parametrize("batching", ["loop", "vmap"])
 @pytest.mark.parametrize(
     "problem, variant", [("regression", "three-steps"), ("regression", "learned-rates"), ("images", "one-step")]

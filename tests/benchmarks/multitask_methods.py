@@ -1,0 +1,135 @@
+"""Every method of ``recipes.multitask`` on one protocol: test accuracy by task, and Delta-m over the tasks alone.
+
+    python -m tests.benchmarks.multitask_methods --out methods.jsonl                 # digits, 3 seeds
+    python -m tests.benchmarks.multitask_methods --preset multi-fashion --data_root DIR --seeds 1 --out fashion.jsonl
+
+The learning rate is the best for equal weighting among a few, by the validation accuracy of seed 0, and then
+everyone's. Checkpoints are chosen on validation, tested once. A line is written after each run; runs that are there
+are not repeated, so that it goes on where it was stopped. Prints a table.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from statistics import mean
+from typing import Any, get_args
+
+import torch
+
+from lightning_custom.checkpoint import read_best
+from lightning_custom.errors import ConfigError, NonFiniteError, SolverError
+from lightning_custom.multitask.conflict import delta_m
+from lightning_custom.multitask.methods import Method
+from lightning_custom.testing import single_process
+from recipes import multitask
+
+RATES = (1e-3, 3e-3, 1e-2)
+ALONE = tuple(f"only {task}" for task in multitask.TASKS)
+# Static weights are what one sets them to.
+METHODS = (*ALONE, *(method for method in get_args(Method) if method != "static"))
+
+
+def run(preset: str, method: str, seed: int, fields: dict[str, Any]) -> dict[str, Any]:
+    """Train once; the best checkpoint's validation and test accuracy by task."""
+    chosen = {"only": method.removeprefix("only "), "method": "equal"} if method in ALONE else {"method": method}
+    with tempfile.TemporaryDirectory() as folder:
+        config = multitask.MultitaskConfig(
+            **multitask.PRESETS[preset] | fields | chosen | {"seed": seed, "run_dir": folder, "accelerator": "cpu"}
+        )
+        fabric, (train, val, test) = single_process(), multitask.load_data(config)
+        torch.set_num_threads(1)
+        trunk, heads = multitask.networks(config, train)
+        losses = dict.fromkeys(heads, multitask.sample_entropies)
+        state = multitask.train(
+            fabric,
+            config,
+            trunk=trunk,
+            heads=heads,
+            data=multitask.dataset(config, train),
+            losses=losses,
+            val_data=multitask.dataset(config, val),
+        )
+        multitask.load_best_(config, state)
+        found = {"best": (read_best(Path(folder)) or {}).get("step")}
+        for name, part in (("val", val), ("test", test)):
+            scores = multitask.evaluate(fabric, state, multitask.dataset(config, part), losses, "")
+            found[name] = {task: scores[f"accuracy/{task}"] for task in heads}
+        return found
+
+
+def tuned_rate(preset: str, fields: dict[str, Any], lines: "Lines") -> float:
+    """The rate of :data:`RATES` with which equal weighting validates best at seed 0."""
+    accuracy = {}
+    for lr in RATES:
+        found = lines.get(preset, "equal", 0, {**fields, "lr": lr})
+        accuracy[lr] = mean(found["val"].values())
+    return max(accuracy, key=accuracy.__getitem__)
+
+
+class Lines:
+    """Results in a file, a line a run; what is not there is run."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        text = path.read_text() if path.exists() else ""
+        self._known = {json.dumps(line["run"]): line for line in map(json.loads, text.splitlines())}
+
+    def get(self, preset: str, method: str, seed: int, fields: dict[str, Any]) -> dict[str, Any]:
+        """The result of a run."""
+        key = [preset, method, seed, {name: fields[name] for name in sorted(fields) if name != "data_root"}]
+        if json.dumps(key) not in self._known:
+            try:
+                line = {"run": key, **run(preset, method, seed, fields)}
+            except (ConfigError, NonFiniteError, SolverError) as error:  # a method that gives up is a result
+                line = {"run": key, "error": str(error)}
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            self._known[json.dumps(key)] = line
+        return self._known[json.dumps(key)]
+
+
+def row(method: str, found: list[dict[str, Any]], alone: dict[str, float]) -> tuple[float, str]:
+    """Mean Delta-m over seeds, and the line of the table."""
+    failed = [one["error"] for one in found if "error" in one]
+    if failed:
+        return float("-inf"), f"| `{method}` | | | gave up on {len(failed)} of {len(found)} seeds | {failed[0]} |"
+    tasks = [method.removeprefix("only ")] if method in ALONE else list(multitask.TASKS)
+    means = {task: mean(one["test"][task] for one in found) for task in tasks}
+    cells = [f"{means[task]:.2%}" if task in means else "" for task in multitask.TASKS]
+    if method in ALONE:
+        return float("inf"), f"| {method} | {' | '.join(cells)} | | |"
+    deltas = [delta_m(one["test"], alone, higher_is_better=True) for one in found]
+    spread = f"{min(deltas):+.2f} to {max(deltas):+.2f}" if len(deltas) > 1 else ""
+    return mean(deltas), f"| `{method}` | {' | '.join(cells)} | {mean(deltas):+.2f} | {spread} |"
+
+
+def main() -> None:
+    """Run what is missing and print the table, best first."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="digits", choices=list(multitask.PRESETS))
+    parser.add_argument("--data_root")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--lr", type=float, help="leave out the search")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--out", type=Path, required=True)
+    words = parser.parse_args()
+    lines = Lines(words.out)
+    fields = {"data_root": words.data_root, **({} if words.steps is None else {"steps": words.steps})}
+    fields["lr"] = words.lr or tuned_rate(words.preset, fields, lines)
+    found = {method: [] for method in dict.fromkeys((*ALONE, *words.methods))}
+    for seed in range(words.seeds):
+        for method in found:
+            found[method].append(lines.get(words.preset, method, seed, fields))
+    alone = {
+        task: mean(one["test"][task] for one in found[name]) for name, task in zip(ALONE, multitask.TASKS, strict=True)
+    }
+    print(f"learning rate {fields['lr']}, {words.seeds} seeds\n")
+    print("| method | left | right | Delta-m, % | over seeds |\n|---|---|---|---|---|")
+    for _, text in sorted((row(method, runs, alone) for method, runs in found.items()), reverse=True):
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
