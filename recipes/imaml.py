@@ -74,7 +74,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class IMAMLConfig(RunConfig):
     """Settings of the loops, and of the tasks and network that the command line builds."""
 
-    steps: int = 10000
+    steps: int = 5000
     """Outer updates."""
     log_every: int = 100
     """Steps between two rows of metrics."""
@@ -86,11 +86,11 @@ class IMAMLConfig(RunConfig):
     """Tasks of an outer update, over all processes."""
     lr: float = 1e-3
     """Learning rate of the outer loop (Adam)."""
-    inner_lr: float = 0.01
+    inner_lr: float = 0.005
     """Learning rate of the inner loop, gradient descent."""
-    inner_steps: int = 10
+    inner_steps: int = 20
     """Inner updates while training; memory does not depend on them."""
-    test_steps: int = 10
+    test_steps: int = 20
     """Inner updates when validating."""
     inner_clip_norm: float = 10.0
     """Largest norm of a task's inner gradient, which leaves the minimum where it is; 0: no clipping."""
@@ -98,7 +98,7 @@ class IMAMLConfig(RunConfig):
     """The paper's lambda: half of it times the squared distance from the initial parameters is in the inner loss."""
     cg_steps: int = 5
     """Steps of conjugate gradients, each a product with the Hessian; 0: the gradient where the inner loop ends."""
-    cg_damping: float = 0.0
+    cg_damping: float = 20.0
     """Added to lambda in the solve: the larger, the safer and the nearer to first order."""
     batch_statistics: Statistics = "query"
     """Samples whose statistics normalise the query set, in networks with batch normalisation."""

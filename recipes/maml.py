@@ -144,6 +144,8 @@ class MAMLConfig(RunConfig):
         )
         if self.proto_head and self.adapt == "body":
             raise ConfigError("proto_head: the inner loop goes on from that head, but adapt is body; use all or head")
+        if self.checkpoint_inner and self.compile:
+            raise ConfigError("checkpoint_inner: a compiled gradient is recorded as a whole; leave --compile out")
         if self.exact_reduction and (self.task_batching == "vmap" or self.compile):
             raise ConfigError("exact_reduction: needs each task's own gradient; use --task_batching loop, no --compile")
 

@@ -107,7 +107,7 @@ class MAMLPlusPlusConfig(RunConfig):
     """Inner updates when validating; those past inner_steps, with the last one's rates, may diverge."""
     per_step_rates: bool = True
     """Learn an inner rate for each tensor of parameters and each inner step (LSLR)."""
-    rates_lr: float = 1e-4
+    rates_lr: float = 3e-5
     """Learning rate of the inner rates, which falls in proportion; the paper's is that of everything else."""
     multi_step_share: float = 0.1
     """Share of the run in which the query loss counts after every inner step, less and less (MSL); 0: never."""
@@ -204,7 +204,7 @@ def train(
     rates = learned_rates(config, model)
     model, rates = fabric.setup_module(model), rates and fabric.setup_module(rates)
     initial, inner_rates = initial_of(model), by_name(rates)
-    learned = [
+    groups: list[dict[str, Any]] = [
         {"name": name, "params": [part for part in module.parameters() if part.requires_grad]}
         for name, module in (("model", model), ("rates", rates))
         if module is not None
@@ -212,7 +212,7 @@ def train(
     state = MAMLPlusPlusState(
         model=model,
         rates=rates,
-        optimizer=cast("Optimizer", fabric.setup_optimizers(Adam(learned, config.lr, fused=True))),
+        optimizer=cast("Optimizer", fabric.setup_optimizers(Adam(groups, config.lr, fused=True))),
         batches=None,
         metrics=MetricLogger(fabric, config.run_dir, hyperparameters=config, headline=["val/loss"]),
     )
@@ -255,7 +255,7 @@ def train(
             mean_gradients_(fabric, model, *([rates] if rates else []))
             if config.clip_norm:
                 unscale_(fabric, state.optimizer)
-                clip_norm_((part for group in learned for part in group["params"]), config.clip_norm)
+                clip_norm_((part for group in groups for part in group["params"]), config.clip_norm)
             state.optimizer.step()
             if config.statistics == "running":
                 update_running_statistics_(fabric, unwrap(model))

@@ -1,6 +1,6 @@
 """Peak memory of one outer update against inner steps, with and without --checkpoint_inner.
 
-    python docs/figures/maml_memory.py        # writes docs/figures/maml-memory.png and prints the numbers
+python docs/figures/maml_memory.py        # writes docs/figures/maml-memory.png and prints the numbers
 """
 
 import json
@@ -39,10 +39,8 @@ def measure() -> dict[str, list[float]]:
     """Every case in a process of its own, since a process's peak never falls."""
     found = {}
     for name in ("plain", "checkpoint_inner"):
-        outputs = [
-            subprocess.run([sys.executable, __file__, name, str(steps)], check=True, capture_output=True, text=True).stdout
-            for steps in STEPS
-        ]
+        commands = [[sys.executable, __file__, name, str(steps)] for steps in STEPS]
+        outputs = [subprocess.run(each, check=True, capture_output=True, text=True).stdout for each in commands]
         found[name] = [float(output) for output in outputs]
     return found
 

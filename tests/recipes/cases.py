@@ -479,10 +479,10 @@ CASES = [
         name="imaml",
         module="recipes.imaml",
         run=run_imaml,
-        config=IMAMLCase(**FEW_SHOT, cg_steps=2, proximal=2.0),
+        config=IMAMLCase(**FEW_SHOT, cg_steps=2, proximal=2.0, cg_damping=0.0, inner_clip_norm=0.0),
         variants={
             "no-solve": {"cg_steps": 0},
-            "damped": {"cg_damping": 5.0, "inner_steps": 4},
+            "damped-and-clipped": {"cg_damping": 5.0, "inner_steps": 4, "inner_clip_norm": 1.0},
             "stream": {"own": "stream"},
             "images-two-at-once": {"own": "images", "tasks_at_once": 2, "inner_lr": 0.1},
             "images-one-after-another": {"own": "images", "task_batching": "loop", "inner_lr": 0.1},

@@ -15,6 +15,7 @@ from lightning_custom.task_batching import TaskModel, per_task
 from recipes import imaml, maml
 
 TASKS, SUPPORT, QUERY, SIZE, LAMBDA = 3, 6, 5, 4, 0.7
+PLAIN = {"inner_lr": 0.1, "proximal": LAMBDA, "cg_damping": 0.0, "inner_clip_norm": 0.0}
 
 
 def linear():
@@ -29,7 +30,7 @@ class Problem:
     def __init__(self, make, *, batching="vmap", **fields):
         torch.manual_seed(0)
         module = make().double()
-        self.config = imaml.IMAMLConfig(**{"inner_lr": 0.1, "proximal": LAMBDA, **fields})
+        self.config = imaml.IMAMLConfig(**{**PLAIN, **fields})
         self.model = TaskModel(Bare(module, Precision()), together=batching == "vmap")
         self.initial = list(module.parameters())
         draw = partial(torch.randn, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -81,6 +82,16 @@ def test_gradient_of_a_quadratic_problem_is_that_in_closed_form(batching):
     torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-8)
     assert float(sums["cg/residual"]) < 1e-8
     assert float(sums["inner/gradient_norm"]) < 1e-8
+
+
+def test_clipped_steps_are_short_and_end_at_the_same_minimum():
+    minima, _ = ridge(Problem(linear))
+    far = Problem(linear, inner_steps=1, inner_clip_norm=0.5).adapted()
+    start = torch.cat([part.detach().flatten() for part in Problem(linear).initial])
+    moved = torch.cat([far["weight"].flatten(1), far["bias"]], 1) - start
+    torch.testing.assert_close(moved.norm(dim=1), torch.full((TASKS,), 0.1 * 0.5, dtype=torch.float64))
+    near = Problem(linear, inner_steps=400, inner_clip_norm=0.5).adapted()
+    torch.testing.assert_close(torch.cat([near["weight"].flatten(1), near["bias"]], 1), minima, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("fields", [{"inner_steps": 2}, {"cg_steps": 1}, {"cg_damping": 1.0}])

@@ -9,7 +9,7 @@ from lightning_custom.extractor import fit_extractor
 from lightning_custom.generation import GenerationScores
 from lightning_custom.metrics import read_rows
 from lightning_custom.testing import single_process
-from recipes import classification, gan, maml
+from recipes import classification, gan, maml, multitask
 
 
 def final_scores(config):
@@ -67,5 +67,13 @@ def test_600_steps_of_maml_halve_the_loss_on_new_waves_after_ten_inner_steps_alo
 def test_mamls_default_preset_reaches_its_stated_result(seed, tmp_path):
     scores = maml_scores(tmp_path, seed=seed)
     assert scores["step"] == maml.MAMLConfig().steps
-    assert scores["val/loss_after/10"] < 0.25
+    assert scores["val/loss_after/10"] < 0.18  # 0.128 to 0.135 over these seeds
     assert scores["joint/loss_after/10"] > 5 * scores["val/loss_after/10"]
+
+
+@pytest.mark.slow
+def test_multitask_reads_both_digits_of_unseen_pairs(tmp_path, capsys):
+    multitask.main(multitask.MultitaskConfig(accelerator="cpu", run_dir=str(tmp_path)))
+    left, right, mean = re.findall(r"(?:left|right|mean) ([\d.]+)%", capsys.readouterr().out)
+    assert min(float(left), float(right)) >= 95
+    assert float(mean) >= 96

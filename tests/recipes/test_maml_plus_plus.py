@@ -371,6 +371,17 @@ def test_batch_statistics_collect_nothing_and_running_ones_are_what_held_out_tas
     assert torch.allclose(predict(queries)[:, :2], predict(queries[:, :2]), atol=1e-6)
 
 
+def test_outer_gradient_of_parameters_and_rates_together_is_clipped(tmp_path):
+    def gradient(clip_norm):
+        state, *_ = trained(tmp_path / str(clip_norm), steps=1, clip_norm=clip_norm)
+        return torch.cat([part.grad.flatten() for module in (state.model, state.rates) for part in module.parameters()])
+
+    whole = gradient(0.0)
+    assert whole.norm() > 1e-2
+    assert torch.allclose(gradient(1e-2), whole * 1e-2 / whole.norm(), atol=1e-7)
+    assert torch.equal(gradient(100.0), whole)
+
+
 def test_adapted_copy_predicts_what_validation_does_after_as_many_steps(tmp_path):
     state, config, tasks = trained(tmp_path)
     module = state.model.module
