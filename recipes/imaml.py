@@ -11,7 +11,7 @@ function theorem gives the gradient of the query loss by the initial parameters,
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,12 +49,12 @@ from lightning_custom.few_shot import (
     own_copies,
     query_outputs,
     require_a_task_each,
+    require_share,
     score_lines,
     trainable,
     wave_picture,
     with_parameters,
 )
-from lightning_custom.inner_optimizers import clip_each_task
 from lightning_custom.launch import launch
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import MetricLogger
@@ -86,14 +86,12 @@ class IMAMLConfig(RunConfig):
     """Tasks of an outer update, over all processes."""
     lr: float = 1e-3
     """Learning rate of the outer loop (Adam)."""
-    inner_lr: float = 0.005
-    """Learning rate of the inner loop, gradient descent."""
+    inner_lr: float = 0.01
+    """Learning rate of the inner loop, gradient descent; halved for a task whose loss a step would raise."""
     inner_steps: int = 20
     """Inner updates while training; memory does not depend on them."""
     test_steps: int = 20
     """Inner updates when validating."""
-    inner_clip_norm: float = 10.0
-    """Largest norm of a task's inner gradient, which leaves the minimum where it is; 0: no clipping."""
     proximal: float = 0.5
     """The paper's lambda: half of it times the squared distance from the initial parameters is in the inner loss."""
     cg_steps: int = 5
@@ -128,7 +126,7 @@ class IMAMLConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(self, {"meta_batch_size": 1, "inner_steps": 1, "test_steps": 1, "lr": 0, "inner_lr": 0})
-        require_at_least(self, {"inner_clip_norm": 0, "cg_steps": 0, "cg_damping": 0})
+        require_at_least(self, {"cg_steps": 0, "cg_damping": 0})
         require_at_least(self, {"val_tasks": 2, "test_tasks": 2, "tasks_at_once": 0})
         require_at_least(self, {"ways": 2, "shots": 1, "query_shots": 1, "width": 1})
         if not self.proximal > 0:
@@ -139,7 +137,7 @@ class IMAMLConfig(RunConfig):
 OMNIGLOT: dict[str, Any] = {
     "data": "omniglot", "width": 64, "threads": None, "steps": 20000, "log_every": 50, "validate_every": 500,
     "checkpoint_every": 500, "tasks_at_once": 8, "meta_batch_size": 32, "inner_lr": 0.1, "inner_steps": 16,
-    "test_steps": 16, "inner_clip_norm": 0.0, "proximal": 2.0, "cg_damping": 22.0,
+    "test_steps": 16, "proximal": 2.0, "cg_damping": 22.0,
 }  # fmt: skip
 TWENTY_WAY = OMNIGLOT | {"ways": 20, "meta_batch_size": 16, "inner_steps": 25, "test_steps": 25}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -204,10 +202,11 @@ def train(
             rng = seed_step(config.seed, state.step, fabric)
 
             # The tasks of this step are the same for any number of processes, each of which takes its share.
+            share: Sequence[Tensor]
             if state.batches is None:
                 share = [take_share(part, fabric) for part in tasks(config.meta_batch_size, rng.shared)]
             else:
-                share = next(state.batches)
+                share = require_share(fabric, next(state.batches), config.meta_batch_size)
 
             state.optimizer.zero_grad()
             found = []
@@ -243,22 +242,39 @@ def inner_loop(
 ) -> Iterator[dict[str, Tensor]]:
     """Each task's parameters ``[T, ...]`` before the first gradient step on its support set, and after each.
 
-    What is lowered is the loss of the support set ``[T, K, ...]`` and the pull, ``lambda / 2 |adapted - initial|^2``.
+    What is lowered is the loss of the support set ``[T, K, ...]`` and the pull, ``lambda / 2 |adapted - initial|^2``. A
+    step that would raise it is not taken, and halves the task's rate: the minimum asked for has no learning rate in it.
     """
     initial = own_copies(trainable(model.module), len(inputs))
-    adapted = initial
-    yield adapted
-    for _ in range(steps):
+
+    def objective(adapted: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         leaves = as_leaves(adapted)
         with torch.enable_grad():
             losses = loss(model(inputs, leaves), targets)
         found = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
-        pairs = zip(adapted.items(), found, strict=True)
-        slopes = {name: slope + config.proximal * (part - initial[name]) for (name, part), slope in pairs}
-        if config.inner_clip_norm:
-            slopes = clip_each_task(slopes, config.inner_clip_norm)
-        adapted = {name: part - config.inner_lr * slopes[name] for name, part in adapted.items()}
+        moved = {name: part - initial[name] for name, part in adapted.items()}
+        pull = config.proximal / 2 * as_vectors(list(moved.values())).square().sum(1)
+        slopes = {name: slope + config.proximal * moved[name] for name, slope in zip(leaves, found, strict=True)}
+        return losses.detach() + pull, slopes
+
+    adapted, (lowest, slopes) = initial, objective(initial)
+    # Near the minimum the loss changes by its rounding alone.
+    rates, slack = torch.full_like(lowest, config.inner_lr), 1 + 8 * torch.finfo(lowest.dtype).eps
+    yield adapted
+    for _ in range(steps):
+        tried = {name: part - beside(rates, part) * slopes[name] for name, part in adapted.items()}
+        losses, found = objective(tried)
+        lower = losses <= lowest * slack
+        lowest, rates = torch.where(lower, losses, lowest), torch.where(lower, rates, rates / 2)
+        adapted = {name: torch.where(beside(lower, part), tried[name], part) for name, part in adapted.items()}
+        slopes = {name: torch.where(beside(lower, part), found[name], part) for name, part in slopes.items()}
         yield adapted
+
+
+def beside(of_tasks: Tensor, part: Tensor) -> Tensor:
+    """One number a task ``[T]``, shaped to go with ``part [T, ...]`` and in its dtype unless it is a mask."""
+    shaped = of_tasks.view(-1, *[1] * (part.dim() - 1))
+    return shaped if shaped.dtype is torch.bool else shaped.to(part.dtype)
 
 
 def implicit_gradient(

@@ -46,6 +46,7 @@ from lightning_custom.few_shot import (
     load_tasks,
     mean_over_tasks,
     one_after_another,
+    require_a_task_each,
     require_share,
     score_lines,
     wave_picture,
@@ -209,10 +210,7 @@ def train(
     ``loss`` is cross-entropy where targets are integers and mean squared error elsewhere.
     """
     config, losses = with_run_dir(fabric, config), per_task(loss)
-    if config.meta_batch_size < fabric.world_size:
-        raise ConfigError(
-            f"meta_batch_size: {config.meta_batch_size} for {fabric.world_size} processes; each needs one"
-        )
+    require_a_task_each(fabric, config.meta_batch_size)
     require_safe_norms(model)
     freeze_(model, config.frozen)
     joint = copy.deepcopy(model)

@@ -6,8 +6,9 @@
 
 As in MAML an inner loop adapts the parameters to each task on its support set, and the outer loop moves the initial
 ones. Here every inner step has a learned rate for each tensor of parameters (LSLR) and batch normalisation of its own
-(BNWB, BNRS), early on the query loss counts after each of them (MSL), and the outer loop begins at first order (DA) and
-ends at a small rate (CA). With all of these off it is MAML to rounding, which a test holds.
+(BNWB, BNRS), early on the query loss counts after each of them (MSL), the outer rate falls along a cosine (CA), and the
+outer loop may begin at first order (DA, off as in the authors' configurations). With all of it off the outer gradient
+is MAML's. After as many outer updates the default's loss is about half of MAML's.
 
 The authors' published code collects running statistics but normalises by those of the batch, always: so does
 `--statistics batch`, the default, and need not collect. `--statistics running` normalises held-out tasks by them.
@@ -16,7 +17,7 @@ The authors' published code collects running statistics but normalises by those 
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,12 +49,12 @@ from lightning_custom.few_shot import (
     mean_over_tasks,
     one_after_another,
     require_a_task_each,
+    require_share,
     score_lines,
     wave_picture,
     with_parameters,
 )
-from lightning_custom.gradients import clip_norm_, unscale_
-from lightning_custom.inner_optimizers import LearnedRates, Parameters
+from lightning_custom.inner_optimizers import LearnedRates, Parameters, clip_each_task
 from lightning_custom.launch import launch
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import MetricLogger
@@ -97,18 +98,16 @@ class MAMLPlusPlusConfig(RunConfig):
     """Where lr ends along the cosine."""
     anneal_steps: int | None = None
     """Steps that the annealings are shares of; none: steps."""
-    clip_norm: float = 10.0
-    """Largest norm of the outer gradient, which a task that diverges would rule; 0: no clipping."""
     inner_lr: float = 0.01
     """Learning rate of the inner loop, or what the learned ones start from."""
+    inner_clip_norm: float = 10.0
+    """Largest norm of a task's inner gradient, so that learned rates cannot make it diverge; 0: no clipping."""
     inner_steps: int = 5
     """Inner updates while training."""
     test_steps: int = 5
-    """Inner updates when validating; those past inner_steps, with the last one's rates, may diverge."""
+    """Inner updates when validating; those past inner_steps have the last one's rates and normalisation."""
     per_step_rates: bool = True
     """Learn an inner rate for each tensor of parameters and each inner step (LSLR)."""
-    rates_lr: float = 3e-5
-    """Learning rate of the inner rates, which falls in proportion; the paper's is that of everything else."""
     multi_step_share: float = 0.1
     """Share of the run in which the query loss counts after every inner step, less and less (MSL); 0: never."""
     first_order_share: float = 0.0
@@ -144,11 +143,9 @@ class MAMLPlusPlusConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(self, {"meta_batch_size": 1, "inner_steps": 1, "test_steps": 1, "min_lr": 0})
+        require_at_least(self, {"meta_batch_size": 1, "inner_steps": 1, "test_steps": 1, "lr": 0, "min_lr": 0})
         require_at_least(self, {"ways": 2, "shots": 1, "query_shots": 1, "width": 1, "val_tasks": 2, "test_tasks": 2})
-        require_at_least(self, {"anneal_steps": 1, "tasks_at_once": 0, "rates_lr": 0, "clip_norm": 0})
-        if self.lr <= 0:
-            raise ConfigError(f"lr: {self.lr}; give a number above 0")
+        require_at_least(self, {"anneal_steps": 1, "tasks_at_once": 0, "inner_clip_norm": 0})
         for share in ("multi_step_share", "first_order_share"):
             if not 0 <= getattr(self, share) <= 1:
                 raise ConfigError(f"{share}: {getattr(self, share)}; give a share of the run, from 0 to 1")
@@ -159,7 +156,7 @@ class MAMLPlusPlusConfig(RunConfig):
 OMNIGLOT: dict[str, Any] = {
     "data": "omniglot", "width": 64, "threads": None, "steps": 50000, "log_every": 50, "validate_every": 500,
     "checkpoint_every": 500, "val_tasks": 100, "meta_batch_size": 8, "inner_lr": 0.1, "inner_steps": 5, "test_steps": 5,
-    "rates_lr": 1e-3, "clip_norm": 0.0, "shots": 1, "query_shots": 1,
+    "inner_clip_norm": 0.0, "shots": 1, "query_shots": 1,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "sinusoid": {},
@@ -204,23 +201,18 @@ def train(
     rates = learned_rates(config, model)
     model, rates = fabric.setup_module(model), rates and fabric.setup_module(rates)
     initial, inner_rates = initial_of(model), by_name(rates)
-    groups: list[dict[str, Any]] = [
-        {"name": name, "params": [part for part in module.parameters() if part.requires_grad]}
-        for name, module in (("model", model), ("rates", rates))
-        if module is not None
-    ]
+    learned = [part for module in (model, rates) if module for part in module.parameters() if part.requires_grad]
     state = MAMLPlusPlusState(
         model=model,
         rates=rates,
-        optimizer=cast("Optimizer", fabric.setup_optimizers(Adam(groups, config.lr, fused=True))),
+        optimizer=cast("Optimizer", fabric.setup_optimizers(Adam(learned, config.lr, fused=True))),
         batches=None,
         metrics=MetricLogger(fabric, config.run_dir, hyperparameters=config, headline=["val/loss"]),
     )
     if not callable(tasks):
         state.batches = Batches(fabric, tasks, batch_size=config.meta_batch_size, seed=config.seed)
 
-    task_model, schedule = over_tasks(fabric, config, model), learning_rates(config)
-    dtype = next(model.parameters()).dtype
+    task_model, schedule = over_tasks(fabric, config, model), learning_rate(config)
     outer_losses: dict[bool, Any] = {
         order: partial(outer_loss, task_model, config, losses, second_order=order) for order in (False, True)
     }
@@ -236,13 +228,14 @@ def train(
         while state.step < config.steps:
             rng = seed_step(config.seed, state.step, fabric)
             schedules.set_learning_rate(state.optimizer, schedule, state.step)
-            weights = torch.tensor(loss_weights(config, state.step), dtype=dtype, device=fabric.device)
+            weights = torch.tensor(loss_weights(config, state.step), dtype=learned[0].dtype, device=fabric.device)
 
             # The tasks of this step are the same for any number of processes, each of which takes its share.
+            share: Sequence[Tensor]
             if state.batches is None:
                 share = [take_share(part, fabric) for part in tasks(config.meta_batch_size, rng.shared)]
             else:
-                share = next(state.batches)
+                share = require_share(fabric, next(state.batches), config.meta_batch_size)
 
             state.optimizer.zero_grad()
             found = []
@@ -253,9 +246,6 @@ def train(
                 fabric.backward(total * (fabric.world_size / config.meta_batch_size))
                 found.append(values)
             mean_gradients_(fabric, model, *([rates] if rates else []))
-            if config.clip_norm:
-                unscale_(fabric, state.optimizer)
-                clip_norm_((part for group in groups for part in group["params"]), config.clip_norm)
             state.optimizer.step()
             if config.statistics == "running":
                 update_running_statistics_(fabric, unwrap(model))
@@ -264,7 +254,7 @@ def train(
             state.metrics.update(mean_over_tasks(found, len(share[0])), weight=len(share[0]))
             progress.show(state.step)
             if due(state.step, config.log_every, last=config.steps):
-                progress.report(state.step, state.metrics.flush(state.step, {"lr": schedule["model"](state.step - 1)}))
+                progress.report(state.step, state.metrics.flush(state.step, {"lr": schedule(state.step - 1)}))
             validation = {}
             if due(state.step, config.validate_every, last=config.steps):
                 held_out = val_tasks or (tasks if callable(tasks) else None)
@@ -278,14 +268,11 @@ def train(
     return state
 
 
-def learning_rates(config: MAMLPlusPlusConfig) -> dict[int | str, schedules.Schedule]:
-    """The outer learning rates by step, of the model's parameters and of the inner rates where they are learned."""
-    starts = {"model": config.lr} | ({"rates": config.rates_lr} if config.per_step_rates else {})
+def learning_rate(config: MAMLPlusPlusConfig) -> schedules.Schedule:
+    """The outer learning rate by step."""
     if config.schedule == "constant":
-        return {name: schedules.Constant(start) for name, start in starts.items()}
-    decay_steps = max(config.anneal_steps or config.steps, 1)
-    ends = {name: start * config.min_lr / config.lr for name, start in starts.items()}
-    return {name: schedules.Cosine(start, decay_steps, ends[name]) for name, start in starts.items()}
+        return schedules.Constant(config.lr)
+    return schedules.Cosine(config.lr, max(config.anneal_steps or config.steps, 1), config.min_lr)
 
 
 def progress_of(config: MAMLPlusPlusConfig, step: int) -> float:
@@ -367,10 +354,13 @@ def inner_loop(
                 losses.sum(), list(adapted.values()),
                 create_graph=second_order, allow_unused=True, materialize_grads=True,
             )  # fmt: skip
+        directions = dict(zip(adapted, gradients, strict=True))
+        if config.inner_clip_norm:
+            directions = clip_each_task(directions, config.inner_clip_norm)
         at = min(step, config.inner_steps - 1)
         adapted = {
-            name: part - (rates[name][at] if rates else config.inner_lr) * gradient
-            for (name, part), gradient in zip(adapted.items(), gradients, strict=True)
+            name: part - (rates[name][at] if rates else config.inner_lr) * directions[name]
+            for name, part in adapted.items()
         }
         yield {**initial, **adapted}
 

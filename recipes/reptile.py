@@ -10,7 +10,7 @@ mean of where the tasks end. Nothing is differentiated through the inner loop. N
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,7 @@ from lightning_custom.few_shot import (
     own_copies,
     query_outputs,
     require_a_task_each,
+    require_share,
     score_lines,
     trainable,
     wave_picture,
@@ -213,10 +214,11 @@ def train(
             set_learning_rate(state.optimizer, schedule, state.step)
 
             # The tasks of this step, and the order of their samples, are the same for any number of processes.
+            share: Sequence[Tensor]
             if state.batches is None:
                 share = [take_share(part, fabric) for part in tasks(config.meta_batch_size, rng.shared)]
             else:
-                share = next(state.batches)
+                share = require_share(fabric, next(state.batches), config.meta_batch_size)
             inputs, targets = torch.cat([share[0], share[2]], 1), torch.cat([share[1], share[3]], 1)
             order = take_share(train_order(config, inputs.shape[1], rng.shared), fabric)
 

@@ -54,12 +54,13 @@ def images():
 PROBLEMS = {"regression": (mlp, waves), "images": (conv_net, images)}
 OFF = {
     "per_step_rates": False, "multi_step_share": 0.0, "first_order_share": 0.0, "per_step_norm": False,
-    "schedule": "constant",
+    "inner_clip_norm": 0.0, "schedule": "constant",
 }  # fmt: skip
 VARIANTS = {
     "all": {},
     "off": OFF,
     "per-step-rates": OFF | {"per_step_rates": True},
+    "clipped": OFF | {"inner_clip_norm": 0.3},
     "multi-step-loss": OFF | {"multi_step_share": 0.5},
     "per-step-norm": OFF | {"per_step_norm": True},
     "running-statistics": OFF | {"per_step_norm": True, "statistics": "running"},
@@ -263,16 +264,12 @@ def test_order_of_the_derivative_changes_after_its_share_of_the_run():
     assert orders(first_order_share=0.5, anneal_steps=4) == [False] * 2 + [True] * 8
 
 
-def test_outer_learning_rates_fall_along_half_a_cosine():
-    config = MAMLPlusPlusConfig(steps=200, lr=1e-3, min_lr=1e-5, rates_lr=1e-4)
-    found = maml_plus_plus.learning_rates(config)
+def test_outer_learning_rate_falls_along_half_a_cosine():
+    schedule = maml_plus_plus.learning_rate(MAMLPlusPlusConfig(steps=200, lr=1e-3, min_lr=1e-5))
     for step in (0, 37, 100, 200, 300):
         expected = 1e-5 + 0.5 * (1e-3 - 1e-5) * (1 + math.cos(math.pi * min(step / 200, 1)))
-        assert found["model"](step) == pytest.approx(expected, rel=1e-12)
-        assert found["rates"](step) == pytest.approx(expected / 10, rel=1e-12)
-    constant = maml_plus_plus.learning_rates(MAMLPlusPlusConfig(schedule="constant", rates_lr=1e-4))
-    assert (constant["model"](1234), constant["rates"](1234)) == (1e-3, 1e-4)
-    assert list(maml_plus_plus.learning_rates(config_of("off"))) == ["model"]
+        assert schedule(step) == pytest.approx(expected, rel=1e-12)
+    assert maml_plus_plus.learning_rate(MAMLPlusPlusConfig(schedule="constant"))(1234) == 1e-3
 
 
 # Normalisation for each step, and what is adapted
@@ -308,7 +305,7 @@ def trained(tmp_path, **fields):
         **{
             "steps": 6, "meta_batch_size": 4, "width": 4, "inner_steps": 2, "test_steps": 3, "validate_every": 3,
             "val_tasks": 4, "ways": WAYS, "shots": 1, "query_shots": 2, "inner_lr": 0.1, "accelerator": "cpu",
-            "run_dir": str(tmp_path), "rates_lr": 1e-3,
+            "run_dir": str(tmp_path),
         }
         | fields
     )  # fmt: skip
@@ -329,8 +326,8 @@ def test_running_statistics_are_averages_of_what_support_and_query_have_at_each_
         "statistics": "running",
         "validate_every": 0,
         "first_order_share": 0.0,
-        "lr": 1e-12,
-        "rates_lr": 0.0,
+        "lr": 0.0,
+        "min_lr": 0.0,
     }
     state, _, tasks = trained(tmp_path, task_batching=batching, multi_step_share=0.5, **fields)
     module = maml_plus_plus.with_norms(config_of("all", inner_steps=2), conv_net())
@@ -371,17 +368,6 @@ def test_batch_statistics_collect_nothing_and_running_ones_are_what_held_out_tas
     assert torch.allclose(predict(queries)[:, :2], predict(queries[:, :2]), atol=1e-6)
 
 
-def test_outer_gradient_of_parameters_and_rates_together_is_clipped(tmp_path):
-    def gradient(clip_norm):
-        state, *_ = trained(tmp_path / str(clip_norm), steps=1, clip_norm=clip_norm)
-        return torch.cat([part.grad.flatten() for module in (state.model, state.rates) for part in module.parameters()])
-
-    whole = gradient(0.0)
-    assert whole.norm() > 1e-2
-    assert torch.allclose(gradient(1e-2), whole * 1e-2 / whole.norm(), atol=1e-7)
-    assert torch.equal(gradient(100.0), whole)
-
-
 def test_adapted_copy_predicts_what_validation_does_after_as_many_steps(tmp_path):
     state, config, tasks = trained(tmp_path)
     module = state.model.module
@@ -419,8 +405,7 @@ def test_a_loaded_run_adapts_as_the_state_it_ended_with(tmp_path):
         ({"first_order_share": -0.1}, r"first_order_share: -0.1; give a share"),
         ({"statistics": "running", "per_step_norm": False}, r"statistics: running needs --per_step_norm true"),
         ({"statistics": "running", "compile": True}, r"statistics: running needs .* no --compile; use batch"),
-        ({"lr": 0.0}, r"lr: 0.0; give a number above 0"),
-        ({"rates_lr": -1e-5}, r"rates_lr: -1e-05; it must be at least 0"),
+        ({"inner_clip_norm": -1.0}, r"inner_clip_norm: -1.0; it must be at least 0"),
         ({"inner_steps": 0}, r"inner_steps: 0; it must be at least 1"),
         ({"anneal_steps": 0}, r"anneal_steps: 0; it must be at least 1"),
     ],
