@@ -81,7 +81,8 @@ def _like(arguments: Sequence[Argument], tensors: Sequence[Tensor]) -> list[Argu
 class _HandOver(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, compiled: Callable[..., Any], values: list[Tensor], *tensors: Tensor) -> Any:
-        total, gradients, found = compiled(list(tensors))
+        # Plain tensors: what requires a gradient would pass through autograd's own wrapper, a quarter of a small step.
+        total, gradients, found = compiled([tensor.detach() for tensor in tensors])
         values += found
         ctx.wanted = [tensor.requires_grad for tensor in tensors]
         ctx.save_for_backward(*gradients)

@@ -86,7 +86,7 @@ class IMAMLConfig(RunConfig):
     """Tasks of an outer update, over all processes."""
     lr: float = 1e-3
     """Learning rate of the outer loop (Adam)."""
-    inner_lr: float = 0.01
+    inner_lr: float = 0.005
     """Learning rate of the inner loop, gradient descent; halved for a task whose loss a step would raise."""
     inner_steps: int = 20
     """Inner updates while training; memory does not depend on them."""

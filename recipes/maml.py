@@ -160,7 +160,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sinusoid-paper": {"steps": 70000, "validate_every": 5000, "checkpoint_every": 5000, "log_every": 500},
     "omniglot-cpu": OMNIGLOT | {
         "ways": 5, "shots": 1, "query_shots": 1, "meta_batch_size": 8, "inner_lr": 0.4, "test_steps": 3,
-        "steps": 6000, "threads": 1,
+        "steps": 4000, "threads": 1,
     },
     "omniglot-5way-1shot": OMNIGLOT | {
         "ways": 5, "shots": 1, "query_shots": 1, "meta_batch_size": 32, "inner_lr": 0.4, "test_steps": 3,

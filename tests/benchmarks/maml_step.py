@@ -273,8 +273,8 @@ def compiled_report(rounds: int) -> str:
         started = time.perf_counter()
         update()
         seconds = time.perf_counter() - started
-        contenders = {"recipes.maml --compile true": contender(update, 3)}
-        contenders |= {name: contender(other, 3) for name, (_, other) in found.items() if name != OURS}
+        contenders = {"recipes.maml --compile true": contender(update, 20)}
+        contenders |= {name: contender(other, 2) for name, (_, other) in found.items() if name != OURS}
         results = interleave(contenders, rounds)
         lines += [table(f"sinusoids, {orders(False, steps)}, compiled in {seconds:.0f} s", results)]
         lines += [verdict(results, COMPILED_TARGET)]

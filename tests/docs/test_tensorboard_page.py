@@ -105,9 +105,13 @@ def open_page(server, tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_runs_scalars_and_pictures_are_on_the_page(open_page, server):
-    page = open_page("?tagFilter=.*#timeseries")
-    titles = set(re.findall(r'title="([^"]+)"', page))
-    assert TAGS | {"samples"} <= titles
+    # A browser on a busy machine may be asked for the page's elements before the server has answered all its questions.
+    for _ in range(4):
+        page = open_page("?tagFilter=.*#timeseries")
+        titles = set(re.findall(r'title="([^"]+)"', page))
+        if titles >= TAGS | {"samples"} and "Image at step 4" in page:
+            break
+    assert titles >= TAGS | {"samples"}
     assert "ghost" not in titles
     (source,) = re.findall(r'<img[^>]* alt="Image at step 4"[^>]* src="([^"]+)"', page)
     with urllib.request.urlopen(f"{server}/{source}", timeout=30) as response:

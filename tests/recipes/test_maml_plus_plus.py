@@ -205,6 +205,7 @@ def test_first_order_gradient_is_another_one_but_has_one_for_the_rates(problem):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.parametrize("batching", ["loop", "vmap"])
 @every_problem
 def test_compiled_gradient_is_the_eager_one_for_several_losses_and_for_one(problem, batching):
