@@ -1,0 +1,54 @@
+"""Episodes as an animated picture."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from gymnasium import error
+
+from lightning_custom.environments.arrays import Array, Observations, each_action
+from lightning_custom.environments.layers import Environment
+from lightning_custom.errors import ConfigError
+
+
+def write_animation(
+    env: Environment, act: Callable[[Observations], Array], path: str, episodes: int, *, seed: int, most: int
+) -> list[float]:
+    """Play ``episodes`` in ``env``, which renders to arrays, and write at most ``most`` frames to the GIF ``path``.
+
+    Returns the return of each episode. :class:`ConfigError` where nothing can be rendered or written.
+    """
+    from PIL import Image
+
+    frames: list[Any] = []
+    returns = []
+    for episode in range(episodes):
+        observation, _ = env.reset(seed=seed + episode)
+        total, ended = 0.0, False
+        while not ended:
+            if len(frames) < most:
+                frames.append(Image.fromarray(_frame(env)))
+            batch = {key: part[None] for key, part in observation.items()} if isinstance(observation, dict) else None
+            actions = act(batch if batch is not None else np.asarray(observation)[None])
+            observation, reward, terminated, truncated, _ = env.step(each_action(actions)[0])
+            total, ended = total + float(reward), terminated or truncated
+        returns.append(total)
+    rate = env.metadata.get("render_fps") or 30
+    try:
+        # 20 ms is the shortest that viewers show.
+        frames[0].save(
+            path, format="GIF", save_all=True, append_images=frames[1:], duration=max(1000 // rate, 20), loop=0
+        )
+    except OSError as problem:
+        raise ConfigError(f"out: cannot write {path} ({problem.strerror}); choose another with --out") from problem
+    return returns
+
+
+def _frame(env: Environment) -> Array:
+    try:
+        frame: Any = env.render()
+    except error.DependencyNotInstalled as problem:
+        raise ConfigError(f"env: it cannot be rendered ({problem})") from problem
+    if not isinstance(frame, np.ndarray):
+        raise ConfigError("env: it does not render to arrays; it needs the render mode rgb_array")
+    return frame
