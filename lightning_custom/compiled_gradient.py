@@ -83,7 +83,8 @@ class _HandOver(torch.autograd.Function):
     def forward(ctx: Any, compiled: Callable[..., Any], values: list[Tensor], *tensors: Tensor) -> Any:
         # Plain tensors: what requires a gradient would pass through autograd's own wrapper, a quarter of a small step.
         total, gradients, found = compiled([tensor.detach() for tensor in tensors])
-        values += found
+        # One of them may be the total itself, which autograd is about to mark.
+        values += [value.detach() for value in found]
         ctx.wanted = [tensor.requires_grad for tensor in tensors]
         ctx.save_for_backward(*gradients)
         return total
@@ -91,5 +92,5 @@ class _HandOver(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = iter(ctx.saved_tensors)
-        return (None, None, *(next(gradients) * above[0] if wanted else None for wanted in ctx.wanted))
+        gradients = iter(torch._foreach_mul(ctx.saved_tensors, above[0]))
+        return (None, None, *(next(gradients) if wanted else None for wanted in ctx.wanted))

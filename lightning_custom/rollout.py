@@ -56,7 +56,9 @@ class Rollout:
         self._t = 0
         self._actions: list[Array] = []
         self._rewards: list[Array] = []
-        self._flags: list[Array] = []
+        self._terminated: list[Array] = []
+        self._truncated: list[Array] = []
+        self._ignored: list[Array] = []
         self._finals: list[Observations] = []
         self.episodes: list[Episode] = []
         """Those that ended in it."""
@@ -79,11 +81,12 @@ class Rollout:
         self._t += 1
         self._actions.append(actions)
         self._rewards.append(envs.rewards.copy())
-        flags = np.stack([envs.terminated, envs.truncated, envs.ignored])
-        self._flags.append(flags)
-        if flags[:2].any():
+        self._terminated.append(envs.terminated.copy())
+        self._truncated.append(envs.truncated.copy())
+        self._ignored.append(envs.ignored.copy())
+        if envs.episodes:
             self.episodes += envs.episodes
-            final = rows_of(envs.final_observations, flags[0] | flags[1])
+            final = rows_of(envs.final_observations, envs.terminated | envs.truncated)
             self._finals.append(final if self._normalise is None else self._normalise(final))
 
     @property
@@ -99,12 +102,12 @@ class Rollout:
     @property
     def terminated(self) -> Array:
         """Bool ``[T, E]``."""
-        return np.stack(self._flags)[:, 0]
+        return np.stack(self._terminated)
 
     @property
     def truncated(self) -> Array:
         """Bool ``[T, E]``."""
-        return np.stack(self._flags)[:, 1]
+        return np.stack(self._truncated)
 
     @property
     def ended(self) -> Array:
@@ -114,7 +117,7 @@ class Rollout:
     @property
     def valid(self) -> Array:
         """Where the action was taken, bool ``[T, E]``; see ``BatchedEnvironments.ignored``."""
-        return ~np.stack(self._flags)[:, 2]
+        return ~np.stack(self._ignored)
 
     def all_observations(self, last: Observations) -> Observations:
         """Everything that has a value, one after another: ``[T * E]`` acted on, ``[E]`` last, and where episodes ended.

@@ -160,7 +160,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sinusoid-paper": {"steps": 70000, "validate_every": 5000, "checkpoint_every": 5000, "log_every": 500},
     "omniglot-cpu": OMNIGLOT | {
         "ways": 5, "shots": 1, "query_shots": 1, "meta_batch_size": 8, "inner_lr": 0.4, "test_steps": 3,
-        "steps": 4000, "threads": 1,
+        "steps": 10000, "threads": 1,
     },
     "omniglot-5way-1shot": OMNIGLOT | {
         "ways": 5, "shots": 1, "query_shots": 1, "meta_batch_size": 32, "inner_lr": 0.4, "test_steps": 3,
@@ -225,7 +225,17 @@ def train(
         joint=None,
         joint_optimizer=None,
         batches=None,
-        metrics=MetricLogger(fabric, config.run_dir, hyperparameters=config, headline=["val/loss"]),
+        metrics=MetricLogger(
+            fabric,
+            config.run_dir,
+            hyperparameters=config,
+            headline=["val/loss"],
+            layout={
+                "held-out tasks": ["(val|joint)/(loss|accuracy)$"],
+                "after each inner step": ["val/loss_after/"],
+                "training": ["loss/query"],
+            },
+        ),
     )
     if config.joint:
         joint_optimizer = Adam(joint.parameters(), config.lr, fused=True)

@@ -30,6 +30,7 @@ from lightning_custom.compiled_gradient import CompiledGradient
 from lightning_custom.config import RunConfig, read_config, require_at_least, with_run_dir
 from lightning_custom.distributed import mean_gradients_, share, sum_over_processes
 from lightning_custom.environments.batched import BatchedEnvironments
+from lightning_custom.environments.episodes import log_episodes
 from lightning_custom.environments.evaluation import MakeEnv, episodic_returns, mean_and_interval
 from lightning_custom.environments.makers import MakeEnvironment, MakeVector, warn_if_inexact
 from lightning_custom.environments.normalisation import ObservationNormaliser, RewardScaler
@@ -260,7 +261,7 @@ def train(
                     fabric.backward(total)
                     mean_gradients_(fabric, state.agent)
                     if config.max_grad_norm:
-                        clip_norm_(state.agent.parameters(), config.max_grad_norm)
+                        clip_norm_(parameters.values(), config.max_grad_norm)
                     state.optimizer.step()
                     found.append(values)
                 if config.target_kl is not None and mean_kl(fabric, found[-config.minibatches :]) > config.target_kl:
@@ -269,7 +270,7 @@ def train(
             state.step += 1
             state.metrics.update({tag: torch.stack([values[tag] for values in found]).mean() for tag in found[0]})
             state.metrics.update({"losses/explained_variance": explained, "charts/learning_rate": lr(state.step - 1)})
-            log_episodes(fabric, state.metrics, rollout)
+            log_episodes(fabric, state.metrics, rollout.episodes)
             progress.show(state.step)
             if due(state.step, config.log_every, last=config.steps):
                 row = state.metrics.flush(state.step)
@@ -397,16 +398,6 @@ def mean_kl(fabric: Fabric, found: list[dict[str, Tensor]]) -> float:
     """The mean of the approximate divergences ``found``, over all processes, so that all decide alike."""
     kl = torch.stack([values["losses/approx_kl"] for values in found]).mean()
     return float(sum_over_processes(fabric, kl)) / fabric.world_size
-
-
-def log_episodes(fabric: Fabric, metrics: MetricLogger, rollout: Rollout) -> None:
-    """The mean return and length of the episodes that ended in the rollout, if any did on any process."""
-    number = torch.tensor(len(rollout.episodes), device=fabric.device)
-    if int(sum_over_processes(fabric, number)):
-        returns = [episode.episodic_return for episode in rollout.episodes]
-        lengths: list[float] = [episode.length for episode in rollout.episodes]
-        for tag, found in (("charts/episodic_return", returns), ("charts/episodic_length", lengths)):
-            metrics.update({tag: sum(found) / max(len(found), 1)}, weight=len(found))
 
 
 def normalisers(

@@ -10,9 +10,9 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from lightning_custom.distributed import gather_shares
-from lightning_custom.environments.arrays import Array, Observations, empty_observations, write_row
+from lightning_custom.environments.arrays import Array, Observations, each_action, empty_observations, write_row
 from lightning_custom.environments.layers import Environment
-from lightning_custom.environments.vector import lean
+from lightning_custom.environments.vector import Episode, lean
 from lightning_custom.loop import hash_seed
 
 Act = Callable[[Observations, Sequence[int], int], Array]
@@ -28,34 +28,59 @@ class Transition(NamedTuple):
     episodes: Sequence[int]
     """Which episodes, by their place in the seeds."""
     observations: Observations
-    """What was acted on, ``[E, ...]``; written over at the next step."""
+    """What was acted on, ``[E, ...]``."""
     actions: Array
     rewards: Array
     terminated: Array
     truncated: Array
     following: Observations
-    """What was seen next; written over at the next step."""
+    """What was seen next."""
 
 
-def play_episodes(make_env: MakeEnv, act: Act, seeds: Sequence[int]) -> Iterator[Transition]:
-    """Play one episode for each of ``seeds``, together, and yield each step of those that have not ended.
+class Played(NamedTuple):
+    """Whole episodes, their steps ``[S, ...]`` in the order in which they were played."""
 
-    An environment is made for each and closed at the end; its episode depends on its seed and on the actions alone.
+    observations: Observations
+    """What was acted on."""
+    actions: Array
+    rewards: Array
+    episode_of: Array
+    """Which episode each step is of, ``[S]``."""
+    truncated: Array
+    """Which episodes were cut off and not terminated, bool ``[E]``."""
+    final_observations: Observations
+    """The last of each episode, ``[E, ...]``."""
+    episodes: list[Episode]
+
+
+class EpisodePlayer:
+    """Plays episodes in environments of its own, which it makes when they are needed and keeps.
+
+    An episode depends on its seed and on the actions alone, so there is nothing to store.
     """
-    stacks = [lean(make_env(index)) for index in range(len(seeds))]
-    envs, limits = [env for env, _ in stacks], [limit for _, limit in stacks]
-    space, going = envs[0].observation_space, list(range(len(seeds)))
-    observations = empty_observations(space, len(seeds))
-    for i, (env, seed) in enumerate(zip(envs, seeds, strict=True)):
-        write_row(observations, i, env.reset(seed=seed)[0])
-    try:
+
+    def __init__(self, make_env: MakeEnv) -> None:
+        self._make_env = make_env
+        self._envs: list[Environment] = []
+        self._limits: list[float] = []
+
+    def play(self, act: Act, seeds: Sequence[int]) -> Iterator[Transition]:
+        """Play an episode for each of ``seeds``, together, and yield each step of those that have not ended."""
+        for index in range(len(self._envs), len(seeds)):
+            env, limit = lean(self._make_env(index))
+            self._envs.append(env)
+            self._limits.append(limit)
+        space, going = self._envs[0].observation_space, list(range(len(seeds)))
+        observations = empty_observations(space, len(seeds))
+        for i, seed in enumerate(seeds):
+            write_row(observations, i, self._envs[i].reset(seed=seed)[0])
         for steps in count():
             actions = act(observations, going, steps)
             following, found = empty_observations(space, len(going)), []
-            for i, (episode, action) in enumerate(zip(going, _each(actions), strict=True)):
-                observation, reward, *ends, _ = envs[episode].step(action)
+            for i, (episode, action) in enumerate(zip(going, each_action(actions), strict=True)):
+                observation, reward, *ends, _ = self._envs[episode].step(action)
                 write_row(following, i, observation)
-                found.append((float(reward), ends[0], ends[1] or steps + 1 >= limits[episode]))
+                found.append((float(reward), ends[0], ends[1] or steps + 1 >= self._limits[episode]))
             rewards, terminated, truncated = (np.array(column) for column in zip(*found, strict=True))
             yield Transition(going, observations, actions, rewards, terminated, truncated, following)
             goes_on = ~(terminated | truncated)
@@ -63,13 +88,48 @@ def play_episodes(make_env: MakeEnv, act: Act, seeds: Sequence[int]) -> Iterator
             if not going:
                 return
             observations = rows_of(following, goes_on)
-    finally:
-        for env in envs:
+
+    def played(self, draw: Act, seeds: Sequence[int], *, to_environment: Callable[[Array], Array]) -> "Played":
+        """Everything that happens in an episode for each of ``seeds``, with actions from ``draw``.
+
+        ``to_environment`` makes what the environment takes of an action.
+        """
+        drawn: list[Array] = []
+
+        def act(observations: Observations, episodes: Sequence[int], steps: int) -> Array:
+            drawn.append(draw(observations, episodes, steps))
+            return to_environment(drawn[-1])
+
+        steps = list(self.play(act, seeds))
+        episode_of = np.concatenate([step.episodes for step in steps])
+        rewards = np.concatenate([step.rewards for step in steps])
+        finals = empty_observations(self._envs[0].observation_space, len(seeds))
+        truncated = np.zeros(len(seeds), dtype=bool)
+        for step in steps:
+            for i in np.flatnonzero(step.terminated | step.truncated).tolist():
+                truncated[step.episodes[i]] = not step.terminated[i]
+                write_row(finals, step.episodes[i], rows_of(step.following, i))
+        totals, lengths = np.bincount(episode_of, rewards).tolist(), np.bincount(episode_of).tolist()
+        return Played(
+            _concatenated([step.observations for step in steps]),
+            np.concatenate(drawn),
+            rewards,
+            episode_of,
+            truncated,
+            finals,
+            [Episode(i, totals[i], lengths[i], {}) for i in range(len(seeds))],
+        )
+
+    def close(self) -> None:
+        """Close the environments."""
+        for env in self._envs:
             env.close()
 
 
-def _each(actions: Array) -> list[Any]:
-    return actions.tolist() if actions.ndim == 1 and actions.dtype.kind in "iu" else list(np.array(actions))
+def _concatenated(parts: list[Any]) -> Observations:
+    if isinstance(parts[0], dict):
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    return np.concatenate(parts)
 
 
 def rows_of(observations: Observations, rows: Any) -> Observations:
@@ -89,12 +149,13 @@ def episodic_returns(
     the mean of those that happen to end first would be that of short ones.
     """
     own = torch.arange(number).tensor_split(fabric.world_size)[fabric.global_rank].tolist()
-    returns = np.zeros(len(own))
+    returns, player = np.zeros(len(own)), EpisodePlayer(make_env)
     for start in range(0, len(own), _AT_ONCE):
         part = own[start : start + _AT_ONCE]
         seeds = [hash_seed(seed, "evaluation", episode) for episode in part]
-        for step in play_episodes(make_env, lambda observations, *_: act(observations), seeds):
+        for step in player.play(lambda observations, *_: act(observations), seeds):
             np.add.at(returns, [start + episode for episode in step.episodes], step.rewards)
+    player.close()
     return gather_shares(torch.from_numpy(returns).to(_device(fabric)), fabric).cpu()
 
 

@@ -1,0 +1,320 @@
+"""REINFORCE with a baseline: actions that led to more than was expected become more probable (Williams 1992).
+
+    python -m recipes.reinforce                                               # CartPole, half a minute
+    python -m recipes.reinforce --baseline false
+    python -m recipes.reinforce enjoy --run_dir DIR --out agent.gif
+
+A step plays whole episodes and makes one update. The policy gradient in its plainest form, and the file to read before
+recipes/ppo.py. Nothing is compiled.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from lightning_custom.action_distributions import ActionDistribution, action_distribution
+from lightning_custom.animation import write_animation
+from lightning_custom.checkpoint import Checkpointer, load_module
+from lightning_custom.cli import command_line
+from lightning_custom.config import RunConfig, read_config, require_at_least, with_run_dir
+from lightning_custom.distributed import mean_gradients_, sum_over_processes
+from lightning_custom.environments.arrays import Array
+from lightning_custom.environments.episodes import log_episodes
+from lightning_custom.environments.evaluation import (
+    EpisodePlayer,
+    MakeEnv,
+    Played,
+    episodic_returns,
+    mean_and_interval,
+)
+from lightning_custom.environments.makers import MakeEnvironment
+from lightning_custom.errors import ConfigError
+from lightning_custom.gradients import clip_norm_
+from lightning_custom.launch import launch
+from lightning_custom.loop import due, hash_seed, seed_step
+from lightning_custom.metrics import STEPS_PER_SECOND, MetricLogger
+from lightning_custom.numpy_network import acting_network, to_tensors
+from lightning_custom.policies import ActorCritic, actor_critic
+from lightning_custom.precision import Bare, bare, unwrap
+from lightning_custom.progress import Progress
+from lightning_custom.reinforcement import discounted_returns
+from lightning_custom.run import CONFIG
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReinforceConfig(RunConfig):
+    """Settings of the loop, and of the environment and networks that the command line builds."""
+
+    steps: int = 150
+    """Updates, each by episodes of its own."""
+    log_every: int = 5
+    """Steps between two rows of metrics."""
+    validate_every: int = 25
+    """Steps between two validations; 0: only at the end."""
+    checkpoint_every: int = 25
+    """Steps between two checkpoints; 0: only at the end or when stopped."""
+    env: str = "CartPole-v1"
+    """Environment, by its name in gymnasium's registry."""
+    episodes: int = 16
+    """Episodes of an update, over all processes."""
+    lr: float = 5e-3
+    """Learning rate (Adam)."""
+    discount: float = 0.99
+    """Weight of the next step's return."""
+    baseline: bool = True
+    """Compare returns with what a value network expects, else with nothing."""
+    value_coefficient: float = 0.5
+    """Weight of the baseline's loss, which is half the squared error."""
+    normalise_advantages: bool = True
+    """Give the advantages of an update mean 0 and standard deviation 1."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus."""
+    max_grad_norm: float = 0.5
+    """Largest norm of the gradient; 0: no clipping."""
+    width: int = 64
+    """Units of a hidden layer."""
+    threads: int | None = 1
+    """CPU threads of each process: one is fastest for small networks."""
+    greedy: bool = True
+    """Score the most probable actions; otherwise drawn ones."""
+    val_episodes: int = 20
+    """Episodes of a validation."""
+    test_episodes: int = 100
+    """Episodes of the test at the end."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(self, {"episodes": 1, "width": 1, "lr": 0, "max_grad_norm": 0})
+        require_at_least(self, {"entropy_coefficient": 0, "value_coefficient": 0, "val_episodes": 2})
+        require_at_least(self, {"test_episodes": 2})
+        if not 0 <= self.discount <= 1:
+            raise ConfigError(f"discount: {self.discount}; give a number from 0 to 1")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "cartpole": {},
+    "acrobot": {"env": "Acrobot-v1", "steps": 100, "entropy_coefficient": 0.01},
+}
+
+
+@dataclass
+class ReinforceState:
+    """What changes while training; a checkpoint is exactly these fields."""
+
+    agent: nn.Module
+    optimizer: Optimizer
+    metrics: MetricLogger
+    step: int = 0
+    """Updates done."""
+
+
+def train(
+    fabric: Fabric,
+    config: ReinforceConfig,
+    *,
+    make_env: MakeEnv,
+    agent: ActorCritic | None = None,
+    val_env: MakeEnv | None = None,
+) -> ReinforceState:
+    """Train ``agent``, a policy and a baseline, on the environments of ``make_env(index)``.
+
+    Without an agent it gets the usual networks of the config's width. ``val_env`` is scored instead of ``make_env``.
+    """
+    config = with_run_dir(fabric, config)
+    player, space = EpisodePlayer(make_env), make_env(0)
+    distribution = action_distribution(space.action_space)
+    agent = agent if agent is not None else networks(config, space.observation_space, distribution)
+    agent, optimizer = fabric.setup(agent, Adam(agent.parameters(), config.lr, fused=True))
+    metrics = MetricLogger(fabric, config.run_dir, hyperparameters=config, headline=["val/episodic_return"])
+    state = ReinforceState(cast("nn.Module", agent), cast("Optimizer", optimizer), metrics)
+    forward, act = bare(fabric, state.agent), acting_network(fabric, cast("ActorCritic", unwrap(state.agent)).actor)
+    own = np.array_split(np.arange(config.episodes), fabric.world_size)[fabric.global_rank].tolist()
+
+    with (
+        Checkpointer(fabric, config, best="val/episodic_return", mode="max") as checkpointer,
+        Progress(fabric, config.steps) as progress,
+    ):
+        checkpointer.restore(state)
+
+        while state.step < config.steps:
+            rng = seed_step(config.seed, state.step, fabric)
+
+            # Play whole episodes with the policy as it is. One depends on its seed alone, whoever plays it.
+            def draw(observations: Any, episodes: Any, _: int, rng: Any = rng) -> Array:
+                noise = distribution.noise((config.episodes,), rng.shared)[own][list(episodes)]
+                return distribution.sample(act(observations), noise)
+
+            seeds = [hash_seed(config.seed, "episode", state.step, episode) for episode in own]
+            played = player.played(draw, seeds, to_environment=distribution.to_environment)
+
+            # Advantages: the discounted return from each step on, less what the baseline expects.
+            returns = returns_to_go(fabric, config, forward, played)
+            parameters, values = forward(to_tensors(played.observations, fabric.device))
+            log_probabilities, entropies = distribution.log_probability_and_entropy(
+                parameters, torch.from_numpy(played.actions).to(fabric.device)
+            )
+            advantages = returns - values.detach() if config.baseline else returns
+            number = sum_over_processes(fabric, torch.tensor(float(len(returns)), device=fabric.device))
+            if config.normalise_advantages:
+                advantages = normalised(fabric, advantages, number)
+
+            # Update. mean_gradients_ divides the sum over processes by their number.
+            weight = fabric.world_size / number
+            policy_loss = -weight * (advantages * log_probabilities).sum()
+            value_loss = weight * (values - returns).square().sum() / 2
+            entropy = weight * entropies.sum()
+            loss = policy_loss - config.entropy_coefficient * entropy
+            if config.baseline:
+                loss = loss + config.value_coefficient * value_loss
+            state.optimizer.zero_grad()
+            fabric.backward(loss)
+            mean_gradients_(fabric, state.agent)
+            if config.max_grad_norm:
+                clip_norm_(state.agent.parameters(), config.max_grad_norm)
+            state.optimizer.step()
+
+            state.step += 1
+            state.metrics.update({"losses/policy_loss": policy_loss, "losses/entropy": entropy})
+            state.metrics.update({"losses/value_loss": value_loss, "charts/env_steps": number})
+            log_episodes(fabric, state.metrics, played.episodes)
+            progress.show(state.step)
+            if due(state.step, config.log_every, last=config.steps):
+                row = state.metrics.flush(state.step)
+                rate = row[STEPS_PER_SECOND] * row["charts/env_steps"]
+                progress.report(state.step, state.metrics.record(state.step, {"charts/SPS": rate}) | row)
+            validation = {}
+            if due(state.step, config.validate_every, last=config.steps):
+                validation = evaluate(fabric, config, state, val_env or make_env, config.val_episodes, "val")
+                progress.report(state.step, state.metrics.record(state.step, validation))
+            if checkpointer.due(state.step) or checkpointer.is_best(validation):
+                checkpointer.save(state, validation)
+            if checkpointer.stop_requested:
+                break
+    player.close()
+    return state
+
+
+def returns_to_go(fabric: Fabric, config: ReinforceConfig, forward: Bare, played: Played) -> Tensor:
+    """The discounted return from each step on, ``[S]``; what a time limit cut off is worth what the baseline says."""
+    last = np.zeros(len(played.episodes))
+    if config.baseline and played.truncated.any():
+        with torch.no_grad():
+            _, values = forward(to_tensors(played.final_observations, fabric.device))
+        last = np.where(played.truncated, values.double().cpu().numpy(), 0.0)
+    returns = np.empty(len(played.rewards))
+    for episode, value in enumerate(last):
+        of_it = played.episode_of == episode
+        returns[of_it] = discounted_returns(played.rewards[of_it], discount=config.discount, last=float(value))
+    dtype = torch.float64 if config.precision == "64-true" else torch.float32
+    return torch.from_numpy(returns).to(fabric.device, dtype)
+
+
+def normalised(fabric: Fabric, advantages: Tensor, number: Tensor) -> Tensor:
+    """``advantages`` of all processes together with mean 0 and standard deviation 1; ``number`` is how many."""
+    centred = advantages - sum_over_processes(fabric, advantages.sum()) / number
+    deviation = (sum_over_processes(fabric, centred.square().sum()) / number).sqrt()
+    return centred / (deviation + 1e-8)
+
+
+def evaluate(
+    fabric: Fabric, config: ReinforceConfig, state: ReinforceState, make_env: MakeEnv, number: int, name: str
+) -> dict[str, float]:
+    """The mean return of ``number`` episodes, always the same ones, with half its 95% interval."""
+    act = policy(fabric, config, unwrap(state.agent), action_distribution(make_env(0).action_space))
+    mean, interval = mean_and_interval(episodic_returns(fabric, make_env, act, number, seed=config.seed))
+    return {f"{name}/episodic_return": mean, f"{name}/episodic_return_interval": interval}
+
+
+def policy(fabric: Fabric, config: ReinforceConfig, agent: Any, distribution: ActionDistribution) -> Any:
+    """Observations ``[E, ...]`` to what the environment takes."""
+    act, generator = acting_network(fabric, agent.actor), torch.Generator().manual_seed(config.seed)
+
+    def play(observations: Any) -> Array:
+        parameters = act(observations)
+        if config.greedy:
+            return distribution.to_environment(distribution.mode(parameters))
+        noise = distribution.noise((len(parameters),), generator)
+        return distribution.to_environment(distribution.sample(parameters, noise))
+
+    return play
+
+
+def networks(config: ReinforceConfig, observation_space: Any, distribution: ActionDistribution) -> ActorCritic:
+    """The usual networks, with weights from the config's seed."""
+    torch.manual_seed(config.seed)
+    return actor_critic(observation_space, distribution, width=config.width)
+
+
+def main(config: ReinforceConfig) -> str:
+    """Train, test the best checkpoint on episodes of its own, and print what came out; returns the run's directory."""
+    fabric = launch(config)
+    config = with_run_dir(fabric, config)
+    make_env, test_env = MakeEnvironment(config.env), MakeEnvironment(config.env, evaluation=True)
+    started = time.perf_counter()
+    state = train(fabric, config, make_env=make_env, val_env=test_env)
+    if state.step == config.steps:
+        summary(fabric, config, state, test_env, time.perf_counter() - started)
+    return str(config.run_dir)
+
+
+def summary(fabric: Fabric, config: ReinforceConfig, state: ReinforceState, make_env: MakeEnv, seconds: float) -> None:
+    """Test the best checkpoint and print the result, where the run is, and how to look at it."""
+    unwrap(state.agent).load_state_dict(load_module(str(config.run_dir), "agent"))
+    scores = evaluate(fabric, config, state, make_env, config.test_episodes, "test")
+    if fabric.global_rank == 0:
+        print(
+            f"\nreturn {scores['test/episodic_return']:.1f} +- {scores['test/episodic_return_interval']:.1f}   "
+            f"mean and 95% interval over {config.test_episodes} episodes, best checkpoint\n"
+            f"{seconds:.1f} s\n"
+            f"run: {config.run_dir}\n"
+            f"look: tensorboard --logdir {config.run_dir}\n"
+            f"watch: python -m recipes.reinforce enjoy --run_dir {config.run_dir} --out agent.gif",
+            flush=True,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnjoyConfig:
+    """Play episodes with a run's best or last checkpoint, and write them as an animated picture."""
+
+    run_dir: str
+    """Directory of the run."""
+    episodes: int = 1
+    """Number of episodes."""
+    out: str = "agent.gif"
+    """GIF file to write."""
+    which: Literal["best", "last"] = "best"
+    """Checkpoint to take."""
+    seed: int = 0
+    """Seed of the episodes."""
+    max_frames: int = 500
+    """Frames after which the picture ends."""
+
+
+def enjoy(request: EnjoyConfig) -> None:
+    """Write the picture that ``request`` asks for, and print the returns."""
+    path = Path(request.run_dir) / CONFIG
+    if not path.exists():
+        raise ConfigError(f"run_dir: {request.run_dir} holds no run; check the path")
+    config = ReinforceConfig(**read_config(path) | {"accelerator": "cpu", "devices": 1})
+    env, fabric = MakeEnvironment(config.env, evaluation=True, render_mode="rgb_array")(), launch(config)
+    distribution = action_distribution(env.action_space)
+    agent = networks(config, env.observation_space, distribution)
+    agent.load_state_dict(load_module(request.run_dir, "agent", which=request.which))
+    act = policy(fabric, config, agent, distribution)
+    returns = write_animation(env, act, request.out, request.episodes, seed=request.seed, most=request.max_frames)
+    print(f"returns {', '.join(f'{value:.1f}' for value in returns)}: {request.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(
+        command_line(ReinforceConfig, main, presets=PRESETS, verbs={"enjoy": (EnjoyConfig, enjoy)}, description=__doc__)
+    )
