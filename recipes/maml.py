@@ -106,7 +106,7 @@ class MAMLConfig(RunConfig):
     batch_statistics: Literal["query", "support", "both"] = "query"
     """Samples whose statistics normalise the query set, in networks with batch normalisation."""
     task_batching: Literal["auto", "vmap", "loop"] = "auto"
-    """Tasks at once, or one after another; auto is one after another only for exact_reduction."""
+    """Tasks at once, or one after another; auto is one after another for exact_reduction, and on a CPU for tasks of 16 images or more."""
     tasks_at_once: int = 0
     """Most tasks that are computed at once, to save memory; 0: all that a process has."""
     checkpoint_inner: bool = False
@@ -428,8 +428,10 @@ def adapted_by(config: MAMLConfig, module: nn.Module) -> list[str]:
 
 def over_tasks(fabric: Fabric, config: MAMLConfig, model: nn.Module) -> TaskModel:
     """The model for several tasks, at once or one after another."""
-    together = config.task_batching == "vmap" or (config.task_batching == "auto" and not config.exact_reduction)
-    return TaskModel(bare(fabric, model), together=together)
+    # On a CPU, convolutions over this many images fill a core by themselves, and vmap's grouped ones are slower.
+    filled = config.data == "omniglot" and config.ways * config.shots >= 16 and fabric.device.type == "cpu"
+    auto = config.task_batching == "auto" and not config.exact_reduction and not filled
+    return TaskModel(bare(fabric, model), together=auto or config.task_batching == "vmap")
 
 
 def joint_step(fabric: Fabric, config: MAMLConfig, state: MAMLState, loss: TaskLoss, share: Sequence[Tensor]) -> None:

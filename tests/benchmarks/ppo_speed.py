@@ -1,0 +1,159 @@
+"""Environment steps a second of recipes.ppo against stable-baselines3 and CleanRL, on the same work.
+
+    python -m tests.benchmarks.ppo_speed
+    python -m tests.benchmarks.ppo_speed --cleanrl PATH/TO/cleanrl/ppo.py
+
+CartPole, two fully connected networks of 64 x 64, 128 steps a rollout, 4 epochs of 4 minibatches, Adam, everything as
+CleanRL's defaults. Every contender trains from nothing in a process of its own and reports the environment steps a
+second of its rollouts and updates, without imports, the first rollouts and evaluation. CleanRL's script is run as it
+is, from a copy outside of this repository; where no path is given it is left out.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lightning_custom.environments.makers import MakeEnvironment, MakeVector
+from lightning_custom.environments.vector import EnvironmentVector
+from lightning_custom.launch import launch
+from lightning_custom.metrics import read_rows
+from lightning_custom.testing import single_process
+from recipes import ppo
+from tests.benchmarks.interleave import machine
+
+ROLLOUT, WARM, ROUNDS = 128, 5, 5
+TARGETS = {"recipes.ppo": 2.8, "recipes.ppo --compile true": 4.5}
+
+
+def config(num_envs: int, steps: int, **fields: object) -> ppo.PPOConfig:
+    """CleanRL's defaults."""
+    settings = ppo.PPOConfig(
+        num_envs=num_envs, rollout_steps=ROLLOUT, epochs=4, minibatches=4, lr=2.5e-4, discount=0.99, gae_decay=0.95,
+        anneal_clip=False, clip_value=True, entropy_coefficient=0.01, steps=steps, log_every=WARM, validate_every=0,
+        checkpoint_every=0, val_episodes=2, accelerator="cpu",
+    )  # fmt: skip
+    return replace(settings, **fields)  # type: ignore[arg-type]
+
+
+def ours(num_envs: int, steps: int, *, vectorised: bool = False, compiled: bool = False) -> float:
+    """Environment steps a second of this package's loop, everything around it included."""
+    settings = config(num_envs, steps, vectorised=vectorised, compile=compiled)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        ppo.train(
+            launch(settings),
+            replace(settings, run_dir=folder),
+            make_env=MakeEnvironment(settings.env),
+            make_vector=MakeVector(settings.env) if vectorised else None,
+        )
+        rates = [row["charts/SPS"] for row in read_rows(folder) if "charts/SPS" in row]
+    return statistics.harmonic_mean(rates[1:])
+
+
+def with_stable_baselines3(num_envs: int, steps: int) -> float:
+    """The same by stable-baselines3, with DummyVecEnv as by default."""
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
+
+    class Clock(BaseCallback):
+        def __init__(self) -> None:
+            super().__init__()
+            self.times: list[float] = []
+
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_start(self) -> None:
+            self.times.append(time.perf_counter())
+
+    clock = Clock()
+    model = PPO(
+        "MlpPolicy", make_vec_env("CartPole-v1", num_envs), n_steps=ROLLOUT, batch_size=num_envs * ROLLOUT // 4,
+        n_epochs=4, learning_rate=lambda left: 2.5e-4 * left, gamma=0.99, gae_lambda=0.95, clip_range=0.2,
+        clip_range_vf=0.2, ent_coef=0.01, vf_coef=0.5, max_grad_norm=0.5, device="cpu",
+    )  # fmt: skip
+    model.learn(num_envs * ROLLOUT * steps, callback=clock)
+    clock.times.append(time.perf_counter())
+    return (len(clock.times) - 1 - WARM) * num_envs * ROLLOUT / (clock.times[-1] - clock.times[WARM])
+
+
+def with_cleanrl(script: str, num_envs: int, steps: int) -> float:
+    """The same by CleanRL's script, which prints its rate since its start; read between two of its prints."""
+    total = num_envs * ROLLOUT * steps
+    command = [sys.executable, script, "--num-envs", str(num_envs), "--total-timesteps", str(total), "--no-cuda"]
+    with tempfile.TemporaryDirectory() as folder:
+        printed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    rates = [int(text) for text in re.findall(r"SPS: (\d+)", printed)]
+    counts = [num_envs * ROLLOUT * (i + 1) for i in range(len(rates))]
+    seconds = [count / rate for count, rate in zip(counts, rates, strict=True)]
+    return (counts[-1] - counts[WARM]) / (seconds[-1] - seconds[WARM])
+
+
+def stepping_alone(num_envs: int, steps: int) -> float:
+    """The floor: the environments with given actions."""
+    envs = EnvironmentVector(single_process(), MakeEnvironment("CartPole-v1"), num_envs, seed=0)
+    actions = np.random.default_rng(0).integers(0, 2, (steps * ROLLOUT, num_envs))
+    started = time.perf_counter()
+    for action in actions:
+        envs.step(action)
+    return actions.size / (time.perf_counter() - started)
+
+
+def contenders(num_envs: int, steps: int, cleanrl: str | None) -> dict[str, Callable[[], float]]:
+    """By name, a run of each."""
+    found: dict[str, Callable[[], float]] = {
+        "recipes.ppo": partial(ours, num_envs, steps),
+        "recipes.ppo --compile true": partial(ours, num_envs, steps, compiled=True),
+    }
+    if num_envs >= 16:
+        found["recipes.ppo --vectorised true"] = partial(ours, num_envs, steps, vectorised=True)
+        found["recipes.ppo, both"] = partial(ours, num_envs, steps, vectorised=True, compiled=True)
+    if importlib.util.find_spec("stable_baselines3") is not None:
+        found["stable-baselines3"] = partial(with_stable_baselines3, num_envs, steps)
+    if cleanrl is not None:
+        found["CleanRL"] = partial(with_cleanrl, cleanrl, num_envs, steps)
+    found["environments alone"] = partial(stepping_alone, num_envs, steps)
+    return found
+
+
+def report(num_envs: int, rounds: int, steps: int, cleanrl: str | None) -> str:
+    """A table: the median rate of each, and how many times that of stable-baselines3, round by round."""
+    runs = contenders(num_envs, steps, cleanrl)
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            rates[name].append(run())
+    lines = [f"CartPole, {num_envs} x {ROLLOUT}, {torch.get_num_threads()} thread(s)     steps/s   over SB3"]
+    peer = rates.get("stable-baselines3")
+    for name, found in rates.items():
+        over = "" if peer is None else f"{statistics.median(a / b for a, b in zip(found, peer, strict=True)):.2f}"
+        lines.append(f"  {name:<36}{statistics.median(found):>10,.0f}{over:>9}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--envs", type=int, nargs="+", default=[4, 64])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cleanrl", type=lambda text: str(Path(text).resolve()))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for number in arguments.envs:
+        print(report(number, arguments.rounds, arguments.steps, arguments.cleanrl), flush=True)
+    print(machine())
