@@ -45,10 +45,10 @@ def write_animation(
 
 
 def _frame(env: Environment) -> Array:
+    if env.render_mode != "rgb_array":
+        raise ConfigError(f"env: its render mode is {env.render_mode}; make it with render_mode='rgb_array'")
     try:
         frame: Any = env.render()
     except error.DependencyNotInstalled as problem:
         raise ConfigError(f"env: it cannot be rendered ({problem})") from problem
-    if not isinstance(frame, np.ndarray):
-        raise ConfigError("env: it does not render to arrays; it needs the render mode rgb_array")
-    return frame
+    return np.asarray(frame)

@@ -63,10 +63,12 @@ def discounted_returns(rewards: Array, *, discount: float, last: float = 0.0) ->
 
 
 def explained_variance(values: Array, returns: Array) -> float:
-    """The share of the returns' variance that ``values`` explain: 1 is all, 0 none; nan where returns do not vary.
+    """The share of the returns' variance that ``values`` explain: 1 is all, 0 no more than a constant would.
+
+    Of returns that do not vary, 1 where the errors do not either and 0 elsewhere.
 
     >>> explained_variance(np.array([1.0, 2.0]), np.array([1.0, 2.0]))
     1.0
     """
-    variance = float(np.var(returns))
-    return 1 - float(np.var(returns - values)) / variance if variance else float("nan")
+    variance, left = float(np.var(returns)), float(np.var(returns - values))
+    return 1 - left / variance if variance else float(not left)

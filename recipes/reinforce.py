@@ -10,7 +10,9 @@ recipes/ppo.py. Nothing is compiled.
 
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -132,7 +134,8 @@ def train(
     player, space = EpisodePlayer(make_env), make_env(0)
     distribution = action_distribution(space.action_space)
     agent = agent if agent is not None else networks(config, space.observation_space, distribution)
-    agent, optimizer = fabric.setup(agent, Adam(agent.parameters(), config.lr, fused=True))
+    # A larger epsilon than Adam's own, so that a gradient which cancels to rounding is not blown up.
+    agent, optimizer = fabric.setup(agent, Adam(agent.parameters(), config.lr, eps=1e-5, fused=True))
     metrics = MetricLogger(fabric, config.run_dir, hyperparameters=config, headline=["val/episodic_return"])
     state = ReinforceState(cast("nn.Module", agent), cast("Optimizer", optimizer), metrics)
     forward, act = bare(fabric, state.agent), acting_network(fabric, cast("ActorCritic", unwrap(state.agent)).actor)
@@ -148,21 +151,18 @@ def train(
             rng = seed_step(config.seed, state.step, fabric)
 
             # Play whole episodes with the policy as it is. One depends on its seed alone, whoever plays it.
-            def draw(observations: Any, episodes: Any, _: int, rng: Any = rng) -> Array:
-                noise = distribution.noise((config.episodes,), rng.shared)[own][list(episodes)]
-                return distribution.sample(act(observations), noise)
-
             seeds = [hash_seed(config.seed, "episode", state.step, episode) for episode in own]
-            played = player.played(draw, seeds, to_environment=distribution.to_environment)
+            noise = partial(own_noise, config, distribution, rng.shared, own)
+            played = player.played(partial(draw, distribution, act, noise), seeds, distribution.to_environment)
 
             # Advantages: the discounted return from each step on, less what the baseline expects.
-            returns = returns_to_go(fabric, config, forward, played)
             parameters, values = forward(to_tensors(played.observations, fabric.device))
+            returns = returns_to_go(fabric, config, forward, played).to(values)
             log_probabilities, entropies = distribution.log_probability_and_entropy(
                 parameters, torch.from_numpy(played.actions).to(fabric.device)
             )
             advantages = returns - values.detach() if config.baseline else returns
-            number = sum_over_processes(fabric, torch.tensor(float(len(returns)), device=fabric.device))
+            number = int(sum_over_processes(fabric, torch.tensor(len(returns), device=fabric.device)))
             if config.normalise_advantages:
                 advantages = normalised(fabric, advantages, number)
 
@@ -202,6 +202,25 @@ def train(
     return state
 
 
+def own_noise(
+    config: ReinforceConfig, distribution: ActionDistribution, generator: torch.Generator, own: Sequence[int]
+) -> Array:
+    """The noise of this process's episodes in their next step: drawn for all, in the same order everywhere."""
+    return distribution.noise((config.episodes,), generator)[list(own)]
+
+
+def draw(
+    distribution: ActionDistribution,
+    act: Callable[[Any], Array],
+    noise: Callable[[], Array],
+    observations: Any,
+    episodes: Sequence[int],
+    _: int,
+) -> Array:
+    """An action for each of ``episodes``, which are those that have not ended."""
+    return distribution.sample(act(observations), noise()[list(episodes)])
+
+
 def returns_to_go(fabric: Fabric, config: ReinforceConfig, forward: Bare, played: Played) -> Tensor:
     """The discounted return from each step on, ``[S]``; what a time limit cut off is worth what the baseline says."""
     last = np.zeros(len(played.episodes))
@@ -213,11 +232,10 @@ def returns_to_go(fabric: Fabric, config: ReinforceConfig, forward: Bare, played
     for episode, value in enumerate(last):
         of_it = played.episode_of == episode
         returns[of_it] = discounted_returns(played.rewards[of_it], discount=config.discount, last=float(value))
-    dtype = torch.float64 if config.precision == "64-true" else torch.float32
-    return torch.from_numpy(returns).to(fabric.device, dtype)
+    return torch.from_numpy(returns)
 
 
-def normalised(fabric: Fabric, advantages: Tensor, number: Tensor) -> Tensor:
+def normalised(fabric: Fabric, advantages: Tensor, number: int) -> Tensor:
     """``advantages`` of all processes together with mean 0 and standard deviation 1; ``number`` is how many."""
     centred = advantages - sum_over_processes(fabric, advantages.sum()) / number
     deviation = (sum_over_processes(fabric, centred.square().sum()) / number).sqrt()

@@ -1,0 +1,267 @@
+"""The loss against sums written out, what a value learns about ends, and the recipe's own commands."""
+
+import math
+from dataclasses import replace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from PIL import Image
+
+from lightning_custom.action_distributions import action_distribution
+from lightning_custom.compiled_gradient import CompiledGradient
+from lightning_custom.environments.makers import MakeEnvironment, MakeVector
+from lightning_custom.metrics import read_rows
+from lightning_custom.numpy_network import to_tensors
+from lightning_custom.policies import actor_critic
+from lightning_custom.precision import unwrap
+from lightning_custom.testing import assert_resumes_exactly, single_process
+from recipes import ppo
+from tests.recipes.program import finish, start
+
+B = 40
+
+
+def config(**fields):
+    return ppo.PPOConfig(
+        **{"num_envs": 4, "rollout_steps": 16, "epochs": 2, "minibatches": 2, "width": 8, "steps": 4, "log_every": 1}
+        | {"validate_every": 0, "checkpoint_every": 0, "val_episodes": 2, "accelerator": "cpu"}
+        | fields
+    )
+
+
+@pytest.fixture
+def minibatch():
+    torch.manual_seed(0)
+    observations = torch.randn(B, 3, dtype=torch.float64)
+    distribution = action_distribution(spaces.Discrete(4))
+    agent = actor_critic(spaces.Box(-1, 1, (3,)), distribution, width=8, policy_gain=1.0).double()
+    with torch.no_grad():
+        parameters, values = agent(observations)
+        actions = torch.randint(0, 4, (B,))
+        log_probabilities, _ = distribution.log_probability_and_entropy(parameters, actions)
+    # As after some updates: the ratios are spread around 1, some past the clip range.
+    log_probabilities += 0.3 * torch.randn(B, dtype=torch.float64)
+    advantages, returns = torch.randn(2, B, dtype=torch.float64)
+    weights = torch.full((B,), 1 / B, dtype=torch.float64)
+    batch = (observations, actions, log_probabilities, advantages, returns, values + 0.1, weights)
+    return agent, distribution, batch, torch.tensor(0.2, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("clip_value", [False, True])
+def test_loss_is_the_papers_written_out_for_each_sample(minibatch, clip_value):
+    agent, distribution, batch, clip = minibatch
+    settings = config(clip_value=clip_value, entropy_coefficient=0.03, value_coefficient=0.7)
+    total, values = ppo.ppo_loss(settings, distribution, agent, *batch, clip)
+    observations, actions, before, advantages, returns, old_values, _ = batch
+    probabilities, expected = torch.softmax(agent(observations)[0], 1).tolist(), []
+    for i, new_value in enumerate(agent(observations)[1].tolist()):
+        row, advantage = probabilities[i], float(advantages[i])
+        ratio = row[actions[i]] / math.exp(float(before[i]))
+        surrogate = min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
+        error = (new_value - float(returns[i])) ** 2
+        if clip_value:
+            moved = float(old_values[i]) + min(max(new_value - float(old_values[i]), -0.2), 0.2)
+            error = max(error, (moved - float(returns[i])) ** 2)
+        entropy = -sum(p * math.log(p) for p in row)
+        kl = ratio - 1 - math.log(ratio)
+        expected.append((surrogate, error / 2, entropy, kl, float(abs(ratio - 1) > 0.2)))
+    surrogate, error, entropy, kl, clipped = np.mean(expected, 0)
+    assert float(total.detach()) == pytest.approx(-surrogate + 0.7 * error - 0.03 * entropy, rel=1e-12)
+    tags = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
+    found = [float(values[f"losses/{tag}"]) for tag in tags]
+    assert found == pytest.approx([-surrogate, error, entropy, kl, clipped], rel=1e-12)
+    assert 0 < clipped < 1
+
+
+def test_a_ratio_past_the_clip_range_on_the_better_side_has_no_gradient(minibatch):
+    agent, distribution, batch, clip = minibatch
+    observations, actions, _, _, *rest = batch
+    with torch.no_grad():
+        now, _ = distribution.log_probability_and_entropy(agent(observations)[0], actions)
+    for shift, advantage, is_zero in ((-0.5, 1.0, True), (-0.5, -1.0, False), (0.5, -1.0, True), (0.5, 1.0, False)):
+        given = (observations, actions, now + shift, torch.full_like(now, advantage), *rest)
+        total, _ = ppo.ppo_loss(config(value_coefficient=0.0), distribution, agent, *given, clip)
+        gradients = torch.autograd.grad(total, list(agent.policy.parameters()))
+        assert (max(float(gradient.abs().max()) for gradient in gradients) == 0) == is_zero
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of what it imports to compile
+def test_compiled_gradient_is_the_eager_one(minibatch):
+    agent, distribution, batch, clip = minibatch
+    parameters = dict(agent.named_parameters())
+
+    def loss(given, *minibatch):
+        return ppo.ppo_loss(
+            config(clip_value=True, entropy_coefficient=0.01), distribution,
+            lambda inputs: torch.func.functional_call(agent, given, (inputs,)), *minibatch,
+        )  # fmt: skip
+
+    expected = torch.autograd.grad(loss(parameters, *batch, clip)[0], list(parameters.values()))
+    total, _ = CompiledGradient(loss)(parameters, *batch, clip)
+    found = torch.autograd.grad(total, list(parameters.values()))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+class Tick(gym.Env):
+    """Reward 1 a step; the observation is always the same; ends after 5 steps."""
+
+    observation_space, action_space = spaces.Box(-1, 1, (1,), np.float32), spaces.Discrete(2)
+
+    def __init__(self, is_terminated):
+        self.is_terminated, self.count = is_terminated, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count = 0
+        return np.ones(1, np.float32), {}
+
+    def step(self, action):
+        self.count += 1
+        ends = self.count == 5
+        return np.ones(1, np.float32), 1.0, ends and self.is_terminated, ends and not self.is_terminated, {}
+
+    def get_state(self):
+        return {"count": self.count}
+
+    def set_state(self, state):
+        self.count = state["count"]
+
+
+def value_of(is_terminated, folder):
+    settings = config(
+        steps=150, rollout_steps=20, minibatches=1, epochs=4, lr=0.02, discount=0.9, gae_decay=1.0, anneal_lr=True,
+        max_grad_norm=0.0, run_dir=str(folder),
+    )  # fmt: skip
+    state = ppo.train(single_process(), settings, make_env=lambda index: Tick(is_terminated))
+    return float(unwrap(state.agent)(torch.ones(1, 1))[1].detach())
+
+
+def test_a_value_sees_past_a_truncation_and_not_past_a_termination(tmp_path):
+    # 1 + 0.9 + 0.81 + ... and the mean over the steps of an episode of what is left of it.
+    assert value_of(False, tmp_path / "truncated") == pytest.approx(10, rel=0.05)
+    left = [sum(0.9**t for t in range(5 - step)) for step in range(5)]
+    assert value_of(True, tmp_path / "terminated") == pytest.approx(np.mean(left), rel=0.05)
+
+
+def test_estimates_of_a_rollout_are_of_the_agent_that_played_and_leave_ignored_steps_out(tmp_path):
+    kept = {}
+    estimate = ppo.estimate
+
+    def keep(*arguments):
+        kept["rollout"], kept["batch"] = arguments[-1], estimate(*arguments)[0]
+        return kept["batch"], 0.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "estimate", keep)
+        settings = config(rollout_steps=64, steps=1, lr=0.0, run_dir=str(tmp_path))
+        state = ppo.train(
+            single_process(), settings, make_env=MakeEnvironment("CartPole-v1"), make_vector=MakeVector("CartPole-v1")
+        )
+    batch, rollout = kept["batch"], kept["rollout"]
+    parameters, values = unwrap(state.agent)(to_tensors(batch["observations"].numpy(), torch.device("cpu")))
+    torch.testing.assert_close(batch["values"], values.detach(), rtol=1e-5, atol=1e-6)
+    expected = torch.log_softmax(parameters, 1).gather(1, batch["actions"][:, None])[:, 0]
+    torch.testing.assert_close(batch["log_probabilities"], expected.detach(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(batch["weights"].bool(), torch.from_numpy(rollout.valid).flatten())
+    assert not batch["weights"].all()
+
+
+def test_minibatches_have_normalised_advantages_and_weights_of_sum_one():
+    settings = config(minibatches=4)
+    batch = {name: torch.randn(64) for name in ("observations", "actions", "log_probabilities", "advantages")}
+    batch |= {"returns": torch.randn(64), "values": torch.randn(64), "weights": (torch.rand(64) > 0.2).float()}
+    order = torch.randperm(64)
+    seen = []
+    for part in ppo.minibatches(single_process(), settings, dict(batch), order):
+        observations, *_, advantages, _, _, weights = part
+        seen += observations.tolist()
+        assert float(weights.sum()) == pytest.approx(1, rel=1e-6)
+        valid = advantages[weights > 0]
+        assert float(valid.mean()) == pytest.approx(0, abs=1e-6)
+        assert float(valid.std()) == pytest.approx(1, rel=1e-5)
+    assert seen == batch["observations"][order].tolist()
+
+
+def test_updates_end_once_the_policy_has_moved_past_the_target(tmp_path):
+    calls = []
+    loss = ppo.ppo_loss
+
+    def counted(*arguments):
+        calls.append(1)
+        return loss(*arguments)
+
+    numbers = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "ppo_loss", counted)
+        for name, target in (("none", None), ("far", 1e9), ("near", 0.0)):
+            calls.clear()
+            settings = config(epochs=6, steps=2, lr=1e-2, target_kl=target, run_dir=str(tmp_path / name))
+            ppo.train(single_process(), settings, make_env=MakeEnvironment("CartPole-v1"))
+            numbers.append(len(calls))
+    assert numbers == [24, 24, 4]
+
+
+def test_a_run_of_a_vector_of_gymnasiums_resumes_exactly(tmp_path):
+    def run(fabric, settings):
+        make_vector = MakeVector("CartPole-v1")
+        return ppo.train(fabric, settings, make_env=MakeEnvironment("CartPole-v1"), make_vector=make_vector)
+
+    assert_resumes_exactly(run, config(steps=8), stop_at=3, folder=tmp_path)
+
+
+def test_the_rows_have_the_tags_that_the_field_expects(tmp_path):
+    settings = config(steps=6, rollout_steps=32, validate_every=6, run_dir=str(tmp_path))
+    ppo.train(single_process(), settings, make_env=MakeEnvironment("CartPole-v1"))
+    tags = {tag for row in read_rows(tmp_path) for tag in row}
+    assert tags >= {
+        "charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/learning_rate", "losses/policy_loss",
+        "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac", "losses/explained_variance",
+        "val/episodic_return", "val/episodic_return_interval",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"minibatches": 3}, "minibatches: 3 do not divide 4 x 16 steps"),
+        ({"discount": 1.5}, "discount: 1.5; give a number from 0 to 1"),
+        ({"num_envs": 0}, "num_envs: 0; it must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        config(**fields)
+
+
+def test_normalised_observations_that_are_no_numbers_are_refused(tmp_path):
+    settings = replace(config(), normalise_observations=True, run_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"normalise_observations: true, but observations are in Discrete"):
+        ppo.train(single_process(), settings, make_env=MakeEnvironment("FrozenLake-v1"))
+
+
+def test_a_trained_agent_is_shown(tmp_path):
+    run_dir = tmp_path / "run"
+    small = ("--num_envs", 2, "--rollout_steps", 8, "--epochs", 1, "--val_episodes", 2, "--test_episodes", 2)
+    words = ("--steps", 2, "--run_dir", run_dir, "--accelerator", "cpu", "--normalise_observations", "true")
+    status, printed, errors = finish(start("ppo", *words, *small))
+    assert status == 0, errors
+    assert "32 environment steps" in printed
+    words = ("--run_dir", run_dir, "--out", tmp_path / "agent.gif", "--episodes", 2)
+    status, printed, errors = finish(start("ppo", "enjoy", *words))
+    assert status == 0, errors
+    assert printed.startswith("returns ")
+    with Image.open(tmp_path / "agent.gif") as picture:
+        assert picture.n_frames > 5
+
+
+def test_an_unknown_environment_is_one_line_and_status_2(tmp_path):
+    status, _, errors = finish(start("ppo", "--env", "CartPol-v1", "--run_dir", tmp_path))
+    assert status == 2
+    (line,) = [text for text in errors.splitlines() if text.startswith("error")]
+    assert "env: CartPol-v1 cannot be made" in line
+    assert "Traceback" not in errors
