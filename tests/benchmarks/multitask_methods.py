@@ -3,6 +3,8 @@
     python -m tests.benchmarks.multitask_methods --out methods.jsonl                 # digits, 3 seeds
     python -m tests.benchmarks.multitask_methods --preset multi-fashion --data_root DIR --seeds 1 --out fashion.jsonl
 
+    python -m tests.benchmarks.multitask_methods --times                             # milliseconds a step
+
 The learning rate is the best for equal weighting among a few, by the validation accuracy of seed 0, and then
 everyone's. Checkpoints are chosen on validation, tested once. A line is written after each run; runs that are there
 are not repeated, so that it goes on where it was stopped. Prints a table.
@@ -11,18 +13,21 @@ are not repeated, so that it goes on where it was stopped. Prints a table.
 import argparse
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any, get_args
 
 import torch
 
 from lightning_custom.checkpoint import read_best
 from lightning_custom.errors import ConfigError, NonFiniteError, SolverError
+from lightning_custom.metrics import STEPS_PER_SECOND, read_rows
 from lightning_custom.multitask.conflict import delta_m
 from lightning_custom.multitask.methods import Method
 from lightning_custom.testing import single_process
 from recipes import multitask
+from tests.benchmarks.interleave import interleave, machine, quiet, table
 
 RATES = (1e-3, 3e-3, 1e-2)
 ALONE = tuple(f"only {task}" for task in multitask.TASKS)
@@ -56,6 +61,31 @@ def run(preset: str, method: str, seed: int, fields: dict[str, Any]) -> dict[str
             scores = multitask.evaluate(fabric, state, multitask.dataset(config, part), losses, "")
             found[name] = {task: scores[f"accuracy/{task}"] for task in heads}
         return found
+
+
+def step_seconds(preset: str, method: str, fields: dict[str, Any], steps: int = 60) -> float:
+    """Seconds of a step of the recipe, everything around it included: the median of parts of ten."""
+    chosen = {"only": method.removeprefix("only "), "method": "equal"} if method in ALONE else {"method": method}
+    shell = {"steps": steps, "log_every": 10, "validate_every": 0, "checkpoint_every": 0, "accelerator": "cpu"}
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        config = multitask.MultitaskConfig(
+            **multitask.PRESETS[preset] | fields | chosen | shell | {"schedule": "constant", "run_dir": folder}
+        )
+        torch.set_num_threads(1)
+        data, _, _ = multitask.load_data(config)
+        trunk, heads = multitask.networks(config, data)
+        losses = dict.fromkeys(heads, multitask.sample_entropies)
+        dataset = multitask.dataset(config, data)
+        multitask.train(single_process(), config, trunk=trunk, heads=heads, data=dataset, losses=losses)
+        rates = [line[STEPS_PER_SECOND] for line in read_rows(folder) if STEPS_PER_SECOND in line]
+    return 1 / median(rates[1:])
+
+
+def times(preset: str, methods: list[str], fields: dict[str, Any], rounds: int = 5) -> str:
+    """A table of every method's step, in interleaved rounds, beside that of equal weighting."""
+    order = ["equal", *(method for method in methods if method != "equal")]
+    contenders = {method: partial(step_seconds, preset, method, fields) for method in order}
+    return table(f"{preset}, milliseconds a step, one thread", interleave(contenders, rounds))
 
 
 def tuned_rate(preset: str, fields: dict[str, Any], lines: "Lines") -> float:
@@ -113,8 +143,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--lr", type=float, help="leave out the search")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--times", action="store_true", help="time a step of each in place of training")
     words = parser.parse_args()
+    if words.times:
+        print(times(words.preset, list(words.methods), {"data_root": words.data_root}))
+        print(machine())
+        return
+    if words.out is None:
+        parser.error("--out is needed")
     lines = Lines(words.out)
     fields = {"data_root": words.data_root, **({} if words.steps is None else {"steps": words.steps})}
     fields["lr"] = words.lr or tuned_rate(words.preset, fields, lines)

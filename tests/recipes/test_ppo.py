@@ -88,6 +88,19 @@ def test_a_ratio_past_the_clip_range_on_the_better_side_has_no_gradient(minibatc
         assert (max(float(gradient.abs().max()) for gradient in gradients) == 0) == is_zero
 
 
+def test_the_first_update_of_a_rollout_is_that_of_a2c(minibatch):
+    agent, distribution, batch, clip = minibatch
+    observations, actions, _, advantages, returns, *rest = batch
+    log_probabilities, entropies = distribution.log_probability_and_entropy(agent(observations)[0], actions)
+    given = (observations, actions, log_probabilities.detach(), advantages, returns, *rest)
+    settings = config(entropy_coefficient=0.02)
+    found = torch.autograd.grad(ppo.ppo_loss(settings, distribution, agent, *given, clip)[0], [*agent.parameters()])
+    errors = agent(observations)[1] - returns
+    loss = (-advantages * log_probabilities + 0.5 * 0.5 * errors.square() - 0.02 * entropies).mean()
+    for one, other in zip(found, torch.autograd.grad(loss, [*agent.parameters()]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of what it imports to compile
 def test_compiled_gradient_is_the_eager_one(minibatch):
