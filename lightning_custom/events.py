@@ -4,13 +4,12 @@ import io
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -102,6 +101,8 @@ def _new_file(folder: Path) -> Path:
 
 
 def _records_until(path: Path, step: int) -> Iterator[bytes]:
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader  # slow to import
+
     # A record that kill -9 cut short ends the file, as TensorBoard reads it.
     for record in RawEventFileLoader(str(path)).Load():
         event = Event.FromString(record)
@@ -151,6 +152,14 @@ def histogram_value(tag: str, values: Tensor) -> Any:
         bucket=counts,
     )
     return Summary.Value(tag=tag, histo=content)
+
+
+def layout_values(charts: Mapping[str, Sequence[str]]) -> list[Any]:
+    """What fills the Custom Scalars tab: charts by title, with the tags (regular expressions) that each shows."""
+    from torch.utils.tensorboard.summary import custom_scalars
+
+    layout = {"headline": {title: ["Multiline", list(tags)] for title, tags in charts.items()}}
+    return list(custom_scalars(layout).value)
 
 
 def hyperparameter_values(hyperparameters: Mapping[str, Any], metrics: Iterable[str]) -> list[Any]:

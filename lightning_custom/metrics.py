@@ -21,6 +21,7 @@ from lightning_custom.events import (
     histogram_value,
     hyperparameter_values,
     image_value,
+    layout_values,
     scalar_value,
 )
 from lightning_custom.storage import fsync_file
@@ -39,7 +40,9 @@ class MetricLogger:
 
     Process 0 writes; the others only add their part. As part of a state it resumes to the bit: open sums are in the
     checkpoint, rows and events past the restored step are cut. ``hyperparameters`` (a config or a mapping) and the
-    tags in ``headline`` fill TensorBoard's HPARAMS tab.
+    tags in ``headline`` fill TensorBoard's HPARAMS tab, ``layout`` its Custom Scalars: charts by title, with the tags
+    (regular expressions) that each shows. Rows also go to the loggers that Fabric was given, if any, which cannot be
+    cut: after a resume they get the rows past the restored step again.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class MetricLogger:
         *,
         hyperparameters: Any = None,
         headline: Sequence[str] = (),
+        layout: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self._fabric = fabric
         self._folder = Path(run_dir) if run_dir is not None and fabric.global_rank == 0 else None
@@ -59,6 +63,7 @@ class MetricLogger:
             else hyperparameters
         )
         self._headline = tuple(headline)
+        self._layout = dict(layout or {})
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, float] = {}
         self.latest: dict[str, float] = {}
@@ -147,6 +152,8 @@ class MetricLogger:
 
     def _write(self, step: int, row: Mapping[str, float]) -> None:
         self.latest.update(row)
+        for logger in self._fabric.loggers:
+            logger.log_metrics(dict(row), step)
         if self._events is None or self._folder is None:
             return
         self._events.write(step, [scalar_value(tag, value) for tag, value in row.items()])
@@ -181,6 +188,8 @@ class MetricLogger:
         self._events.cut(step)
         if step is None and self._hyperparameters:
             self._events.write(0, hyperparameter_values(self._hyperparameters, self._headline))
+        if step is None and self._layout:
+            self._events.write(0, layout_values(self._layout))
 
     def item_state_dict(self) -> dict[str, Any]:
         """The open sums of this process."""

@@ -5,18 +5,17 @@ from typing import Any
 
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+def _torchs(function: str, *arguments: Any) -> Any:
+    """What ``function`` of torch's own, for whole states, returns; it takes a tenth of a second to import."""
+    from torch.distributed.checkpoint import state_dict
+
+    full = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return getattr(state_dict, function)(*arguments, options=full)
 
 
 def fully_sharded(processes: int) -> ModelParallelStrategy:
@@ -61,20 +60,21 @@ def owner(modules: Iterable[nn.Module], optimizer: Optimizer) -> nn.Module | Non
 
 def gather_module(module: nn.Module) -> dict[str, Any]:
     """The whole state dict on the CPU of process 0, empty on the others; every process calls it."""
-    return get_model_state_dict(module, options=_FULL)
+    content: dict[str, Any] = _torchs("get_model_state_dict", module)
+    return content
 
 
 def load_weights_(module: nn.Module, content: dict[str, Any]) -> None:
     """Load a whole state dict, which every process gives, into a module, sharded or not."""
     if is_sharded(module):
-        set_model_state_dict(module, dict(content), options=_FULL)  # torch puts its parts into the dict it is given
+        _torchs("set_model_state_dict", module, dict(content))  # torch puts its parts into the dict it is given
     else:
         module.load_state_dict(content)
 
 
 def gather_optimizer(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """What ``optimizer.state_dict()`` would be without sharding, on process 0; every process calls it."""
-    content: Any = get_optimizer_state_dict(module, optimizer, options=_FULL)
+    content = _torchs("get_optimizer_state_dict", module, optimizer)
     if not content:
         return {}
     names = [name for group in content["param_groups"] for name in group["params"]]
@@ -91,4 +91,4 @@ def cut_optimizer_(module: nn.Module, optimizer: Optimizer, content: dict[str, A
     names = [name_of[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     groups = [{**group, "params": [names[i] for i in group["params"]]} for group in content["param_groups"]]
     named: Any = {"state": {names[i]: dict(entry) for i, entry in content["state"].items()}, "param_groups": groups}
-    set_optimizer_state_dict(module, optimizer, named, options=_FULL)
+    _torchs("set_optimizer_state_dict", module, optimizer, named)

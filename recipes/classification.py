@@ -181,7 +181,13 @@ def train(
             fabric, train_data, batch_size=config.batch_size, seed=config.seed, num_workers=config.num_workers
         ),
         confusion=ConfusionMatrix(num_classes, fabric),
-        metrics=MetricLogger(fabric, config.run_dir, hyperparameters=config, headline=["val/accuracy", "val/loss"]),
+        metrics=MetricLogger(
+            fabric,
+            config.run_dir,
+            hyperparameters=config,
+            headline=["val/accuracy", "val/loss"],
+            layout={"accuracy": ["train/accuracy", "val/accuracy"], "loss": ["train/loss$", "val/loss$"]},
+        ),
     )
     watch = Watch(model, every=config.watch_every)
     fixed = config.decay_steps is None and config.schedule != "constant"

@@ -155,7 +155,16 @@ def train(
     generate, discriminate = bare(fabric, generator), bare(fabric, discriminator)
     average = EMA(generator, half_life=config.ema_half_life, ramp=config.ema_ramp)
     batches = Batches(fabric, dataset, batch_size=config.batch_size, seed=config.seed)
-    metrics = MetricLogger(fabric, config.run_dir, hyperparameters=config, headline=["val/fid"])
+    metrics = MetricLogger(
+        fabric,
+        config.run_dir,
+        hyperparameters=config,
+        headline=["val/fid"],
+        layout={
+            "samples against real images": ["val/fid"],
+            "losses": ["loss/discriminator", "loss/generator", "loss/penalty"],
+        },
+    )
     state = GANState(generator, discriminator, average, g_optimizer, d_optimizer, batches, metrics)
 
     with (

@@ -208,7 +208,18 @@ def train(
         optimizer=cast("Optimizer", fabric.setup_optimizers(make_optimizer(groups))),
         batches=make_batches(fabric, config, data),
         scores=TaskScores(fabric, tasks),
-        metrics=MetricLogger(fabric, config.run_dir, hyperparameters=config, headline=[config.best]),
+        metrics=MetricLogger(
+            fabric,
+            config.run_dir,
+            hyperparameters=config,
+            headline=[config.best],
+            layout={
+                "scores": ["val/accuracy/", "val/error/", "val/delta_m"],
+                "losses": ["train/loss/", "val/loss/"],
+                "weights": ["weight/"],
+                "conflict": ["conflict/cosine_"],
+            },
+        ),
     )
     rates = learning_rates(config, state.optimizer) | dict(rates or {})
     baselines = read_baselines(config)

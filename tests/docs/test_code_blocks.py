@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lightning_custom import __main__ as runs_of_the_package
 from lightning_custom import cli
 from lightning_custom.config import stored_fields
 from lightning_custom.errors import ConfigError
@@ -36,7 +37,7 @@ FENCE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
-OTHER_PROGRAMS = {"tensorboard", "ruff", "mypy"}
+OTHER_PROGRAMS = {"tensorboard", "ruff", "mypy", "mkdocs"}
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,10 @@ def check_command(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatc
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         for names in re.findall(r"\[([\w,]+)\]", words[-1]):
             assert set(names.split(",")) <= extras.keys(), f"{shlex.join(words)}: no such extra"
+    elif words[:3] == ["python", "-m", "lightning_custom"]:
+        runs_of_the_package._parser().parse_args(words[3:])
+    elif words[:3] == ["python", "-m", "build"]:
+        assert words[3:] in ([], ["--wheel"])
     elif words[:2] == ["python", "-m"]:
         assert (ROOT / f"{words[2].replace('.', '/')}.py").exists(), f"{shlex.join(words)}: no {words[2]}"
     elif words[0] == "python":

@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ FLAGS = [
     "--virtual-time-budget=20000", "--dump-dom",
 ]  # fmt: skip
 TAGS = {"loss/discriminator", "loss/generator", "val/fid", "time/steps_per_second"}
+LAYOUT = {"losses": ["loss/"], "quality": ["val/fid$"]}
 PICTURE = torch.rand(1, 8, 24, generator=torch.Generator().manual_seed(0))
 
 
@@ -34,7 +36,9 @@ PICTURE = torch.rand(1, 8, 24, generator=torch.Generator().manual_seed(0))
 def logs(tmp_path_factory):
     """A folder with one run in it, which was stopped after step 5 and resumed at step 3 without the tag ``ghost``."""
     folder = tmp_path_factory.mktemp("logs")
-    logger = MetricLogger(single_process(), folder / "run", hyperparameters={"lr": 0.1}, headline=["val/fid"])
+    logger = MetricLogger(
+        single_process(), folder / "run", hyperparameters={"lr": 0.1}, headline=["val/fid"], layout=LAYOUT
+    )
     logger.resume_at(None)
     for step in range(1, 6):
         logger.update({"loss/generator": step / 2, "loss/discriminator": 2.0})
@@ -123,6 +127,26 @@ def ask(server, question, **fields):
     request = urllib.request.Request(address, content, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=30) as response:
         return json.load(response)
+
+
+def look_up(server, path):
+    with urllib.request.urlopen(f"{server}/data/plugin/{path}", timeout=30) as response:
+        return json.load(response)
+
+
+@pytest.mark.slow
+def test_the_custom_scalars_tab_gets_the_charts_and_their_curves(server):
+    """The layout outlives the cut of a resumed run, and each of its expressions finds curves."""
+    (category,) = look_up(server, "custom_scalars/layout")["category"]
+    assert {chart["title"]: chart["multiline"]["tag"] for chart in category["chart"]} == LAYOUT
+    curves = {}
+    for (tag,) in LAYOUT.values():
+        curves |= look_up(server, f"custom_scalars/scalars?run=run&tag={quote(tag)}")["tag_to_events"]
+    assert {tag: [point[1:] for point in points] for tag, points in curves.items()} == {
+        "loss/discriminator": [[1, 2.0], [2, 2.0], [3, 2.0]],
+        "loss/generator": [[1, 0.5], [2, 1.0], [3, 1.5]],
+        "val/fid": [[4, pytest.approx(0.3)]],
+    }
 
 
 @pytest.mark.slow

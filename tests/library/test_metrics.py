@@ -4,7 +4,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from lightning.fabric import Fabric
+from lightning.fabric.loggers import Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG, SESSION_END_INFO_TAG, SESSION_START_INFO_TAG
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -212,6 +215,38 @@ def test_hyperparameters_and_their_metrics_are_written_once_and_survive_a_cut(fa
         (metric,) = stored[EXPERIMENT_TAG].experiment.metric_infos
         assert metric.name.tag == "val/score"
         assert SESSION_END_INFO_TAG not in stored
+
+
+class Listener(Logger):
+    name, version, experiment = "listener", 0, None
+
+    def __init__(self):
+        self.heard = []
+
+    def log_metrics(self, metrics, step=None):
+        self.heard.append({"step": step, **metrics})
+
+    def log_hyperparams(self, params):
+        raise AssertionError("not asked for")
+
+
+def test_the_loggers_of_fabric_get_every_row(tmp_path):
+    listeners = [Listener(), Listener()]
+    run(Fabric(accelerator="cpu", devices=1, loggers=listeners), tmp_path, 1, 6)
+    assert listeners[0].heard == listeners[1].heard == read_rows(tmp_path)
+    assert [row["step"] for row in listeners[0].heard] == [3, 5, 6]
+
+
+def test_the_layout_is_written_once_and_survives_a_cut(fabric, tmp_path):
+    charts = {"losses": ["loss/a", "loss/b"], "score": ["val/score$"]}
+    run(fabric, tmp_path, 1, 6, logger=(logger := MetricLogger(fabric, tmp_path, layout=charts)))
+    assert "custom_scalars__config__" not in read(tmp_path).Tags()["tensors"]
+    logger.resume_at(None)
+    for _ in range(2):
+        MetricLogger(fabric, tmp_path, layout={"other": ["x"]}).resume_at(4)
+        (event,) = read(tmp_path).Tensors("custom_scalars__config__")
+        (category,) = Layout.FromString(event.tensor_proto.string_val[0]).category
+        assert {chart.title: list(chart.multiline.tag) for chart in category.chart} == charts
 
 
 def test_a_line_cut_short_by_a_crash_is_left_out_and_cut_off(fabric, tmp_path):

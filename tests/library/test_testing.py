@@ -193,7 +193,7 @@ def test_rows_that_only_one_run_has_are_a_difference(tmp_path):
     for folder in (first, second):
         folder.mkdir()
     assert_rows_equal(first, second)
-    logger = MetricLogger(SimpleNamespace(global_rank=0, world_size=1, device=torch.device("cpu")), first)
+    logger = MetricLogger(SimpleNamespace(global_rank=0, world_size=1, loggers=[], device=torch.device("cpu")), first)
     logger.flush(1)
     with pytest.raises(AssertionError, match="only one of"):
         assert_rows_equal(first, second)

@@ -50,7 +50,10 @@ def shell(train):
 
 
 def sorted_by_place(train):
+    # A break that leaves a loop inside a step is not the shell's.
+    inner = {leaf for loop in ast.walk(train) if isinstance(loop, ast.For) for leaf in ast.walk(loop)}
     nodes = [node for node in ast.walk(train) if isinstance(node, (ast.stmt, ast.Call, ast.withitem))]
+    nodes = [node for node in nodes if not (isinstance(node, ast.Break) and node in inner)]
     return sorted(nodes, key=lambda node: place(node.context_expr if isinstance(node, ast.withitem) else node))
 
 
