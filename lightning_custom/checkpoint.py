@@ -117,6 +117,7 @@ class Checkpointer:
             self._guard = FiniteGuard(states.modules(state))
         together(self._fabric, lambda: _resume_parts(state, None if folder is None else state.step))
         self._best_value = first_process(self._fabric, self._write_best)
+        self._keep_segments(state)
         first_process(self._fabric, lambda: self._write_status("running"))
 
     def _check_stop_at(self) -> None:
@@ -131,7 +132,7 @@ class Checkpointer:
         for step in reversed(storage.saved_steps(root)):
             folder = storage.step_folder(root, step)
             try:
-                manifest = storage.verify(folder)
+                manifest = storage.verify(folder, run_dir=self._run.path)
                 for name in manifest["files"]:
                     storage.read_tensors(folder / name)
             except CheckpointError as error:
@@ -198,9 +199,10 @@ class Checkpointer:
         try:
             first_process(self._fabric, lambda: _fresh_folder(temporary))
             written = together(self._fabric, lambda: self._write_parts(temporary, state))
-            files = {name: facts for part in all_objects(self._fabric, written) for name, facts in part.items()}
+            parts = all_objects(self._fabric, written)
             manifest = {
-                "files": files,
+                "files": {name: facts for files, _ in parts for name, facts in files.items()},
+                "segments": {name: facts for _, segments in parts for name, facts in segments.items()},
                 "scores": scores,
                 "machine": machine_facts(self._fabric, self._config),
                 "seconds": time.perf_counter() - started,
@@ -216,8 +218,16 @@ class Checkpointer:
         if self.is_best(scores):
             self._best_value = scores[self._best_name or ""]
         first_process(self._fabric, self._prune)
+        self._keep_segments(state)
         first_process(self._fabric, lambda: self._write_status("running"))
         return storage.step_folder(root, step)
+
+    def _keep_segments(self, state: Any) -> None:
+        parts = _segmented(state)
+        if parts:
+            needed = first_process(self._fabric, lambda: storage.needed_segments(self._run.checkpoints))
+            for part in parts:
+                part.keep_segments(needed)
 
     def _require_finite(self, state: Any) -> None:
         weights = {
@@ -230,7 +240,8 @@ class Checkpointer:
         if any(all_objects(self._fabric, bool(broken))):
             raise NonFiniteError(f"the weights of {broken[0] if broken else 'a part'} are not finite", step=state.step)
 
-    def _write_parts(self, folder: Path, state: Any) -> dict[str, Any]:
+    def _write_parts(self, folder: Path, state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """This process's files in the checkpoint, and those outside that it needs."""
         files = {}
         shared = states.capture(state)
         if self._is_first:
@@ -243,7 +254,8 @@ class Checkpointer:
         if items:
             name = f"rank-{self._fabric.global_rank:05d}.pt"
             files[name] = storage.write_tensors(folder / name, items)
-        return files
+        segments = {name: facts for part in _segmented(state) for name, facts in part.segments().items()}
+        return files, segments
 
     def _prune(self) -> None:
         self._write_best()
@@ -320,6 +332,10 @@ def _set_aside(folder: Path, error: CheckpointError) -> str:
     failure = f"{error}; moved aside to {storage.set_aside(folder)}"
     warnings.warn(f"checkpoint {folder.name} is not usable: {failure}", stacklevel=3)
     return failure
+
+
+def _segmented(state: Any) -> list[states.SegmentState]:
+    return [part for part in states.components(state).values() if isinstance(part, states.SegmentState)]
 
 
 def _resume_parts(state: Any, step: int | None) -> None:

@@ -34,6 +34,10 @@ def replay_folder(run_dir: Path, step: int) -> Path:
     if earlier:
         source = storage.step_folder(run_dir / "checkpoints", earlier[-1])
         shutil.copytree(source, storage.step_folder(folder / "checkpoints", earlier[-1]))
+        for name in storage.read_manifest(source).get("segments", {}):
+            # A copy, since the replay cuts and goes on with it.
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(run_dir / name, folder / name)
     return folder
 
 

@@ -45,6 +45,22 @@ class ItemState(Protocol):
         ...
 
 
+@runtime_checkable
+class SegmentState(Protocol):
+    """State too large to be written anew at every save: it lies in files beside the checkpoints, which only grow."""
+
+    def segments(self) -> dict[str, dict[str, Any]]:
+        """The files that a checkpoint of now needs: path below the run's directory to ``size`` and ``sha256``.
+
+        Both are of the beginning of the file that is used.
+        """
+        ...
+
+    def keep_segments(self, names: set[str], /) -> None:
+        """Delete, now or later, files that are no longer in use; not those of ``names``, which checkpoints need."""
+        ...
+
+
 def components(state: Any) -> dict[str, Any]:
     """The parts of ``state`` by flat name: its fields, and the entries of fields that are dicts or lists."""
     return {

@@ -112,9 +112,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint all of whose files have the size and checksum that it names."""
+def verify(folder: Path, *, run_dir: Path | None = None) -> dict[str, Any]:
+    """The manifest of a checkpoint all of whose files have the size and checksum that it names.
+
+    With ``run_dir``, also the files outside the checkpoint that it needs the beginning of.
+    """
     manifest = read_manifest(folder)
+    for name, expected in manifest.get("segments", {}).items() if run_dir is not None else ():
+        if hash_of_beginning(run_dir / name, expected["size"]).hexdigest() != expected["sha256"]:
+            raise CheckpointError(f"{run_dir / name}: checksum differs from the manifest's")
     for name, expected in manifest["files"].items():
         path = folder / name
         try:
@@ -128,6 +134,27 @@ def verify(folder: Path) -> dict[str, Any]:
         if digest != expected["sha256"]:
             raise CheckpointError(f"{path}: checksum differs from the manifest's")
     return manifest
+
+
+def hash_of_beginning(path: Path, size: int) -> Any:
+    """The running SHA-256 of a file's first ``size`` bytes; :class:`CheckpointError` where it has fewer."""
+    digest, rest = hashlib.sha256(), size
+    try:
+        with path.open("rb") as file:
+            while rest and (block := file.read(min(rest, 1 << 20))):
+                digest.update(block)
+                rest -= len(block)
+    except OSError as error:
+        raise CheckpointError(f"{path}: unreadable ({error.strerror})") from error
+    if rest:
+        raise CheckpointError(f"{path}: {size - rest} bytes instead of {size}")
+    return digest
+
+
+def needed_segments(root: Path) -> set[str]:
+    """The files outside the checkpoints under ``root`` that any of them needs."""
+    folders = [step_folder(root, step) for step in saved_steps(root)]
+    return {name for folder in folders for name in read_manifest(folder).get("segments", {})}
 
 
 def read_tensors(path: Path) -> dict[str, Any]:

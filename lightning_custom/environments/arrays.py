@@ -52,6 +52,18 @@ def write_row(target: Observations, i: int, observation: Any) -> None:
         target[i] = observation
 
 
+def single_precision(observations: Observations) -> Observations:
+    """``observations`` with what is floating-point in float32; no copy of what is already as it should be."""
+    if isinstance(observations, dict):
+        return {key: array.astype(kept_dtype(array.dtype), copy=False) for key, array in observations.items()}
+    return observations.astype(kept_dtype(observations.dtype), copy=False)
+
+
+def kept_dtype(dtype: Any) -> Any:
+    """float32 for a floating-point ``dtype``, else itself."""
+    return np.float32 if np.dtype(dtype).kind == "f" else dtype
+
+
 def row(observations: Observations, i: int) -> Any:
     """A copy of one observation."""
     if isinstance(observations, dict):

@@ -89,7 +89,7 @@ class EpisodePlayer:
                 return
             observations = rows_of(following, goes_on)
 
-    def played(self, draw: Act, seeds: Sequence[int], *, to_environment: Callable[[Array], Array]) -> "Played":
+    def played(self, draw: Act, seeds: Sequence[int], to_environment: Callable[[Array], Array]) -> "Played":
         """Everything that happens in an episode for each of ``seeds``, with actions from ``draw``.
 
         ``to_environment`` makes what the environment takes of an action.

@@ -84,7 +84,7 @@ def test_an_animation_has_a_frame_a_step_up_to_the_most(tmp_path):
 
 
 def test_an_animation_that_cannot_be_made_says_why(tmp_path):
-    with pytest.raises(ConfigError, match="render_mode=.rgb_array"):
+    with pytest.raises(ConfigError, match=r"render_mode=.rgb_array"):
         write_animation(gym.make("CartPole-v1").unwrapped, zeros, str(tmp_path / "a.gif"), 1, seed=0, most=5)
     env = MakeEnvironment("CartPole-v1", render_mode="rgb_array")()
     with pytest.raises(ConfigError, match=r"out: cannot write .*choose another"):

@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import gymnasium as gym
+import numpy as np
 import torch
+from gymnasium import spaces
 from lightning.fabric import Fabric
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss, multi_margin_loss
@@ -17,6 +20,7 @@ from torch.utils.data import Dataset, TensorDataset
 from lightning_custom.config import RunConfig
 from lightning_custom.datasets import Images, digits, overlaid
 from lightning_custom.distributed import take_share
+from lightning_custom.environments.makers import MakeEnvironment
 from lightning_custom.few_shot import Sampler
 from lightning_custom.multitask.methods import Method
 from lightning_custom.multitask.task_losses import MISSING
@@ -24,7 +28,8 @@ from lightning_custom.multitask.weighting import Weighting
 from lightning_custom.networks import ConvClassifier, LeNetTrunk, mlp_head
 from lightning_custom.task_norm import BatchStatisticsNorm
 from lightning_custom.tasks import FewShot, Sinusoids
-from recipes import classification, gan, imaml, maml, maml_plus_plus, multitask, reptile
+from recipes import classification, dqn, gan, imaml, maml, maml_plus_plus, multitask, ppo, reinforce, reptile, sac
+from tests.library.tiny_environments import Mixed
 
 
 @dataclass(frozen=True)
@@ -334,6 +339,99 @@ MULTITASK_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class DQNCase(dqn.DQNConfig):
+    """With the environment and network that a user gives to ``train`` beside the config."""
+
+    own: Literal["", "dict"] = ""
+
+
+class SignsAndPlaces(gym.ObservationWrapper[Any, Any, Any]):
+    """CartPole's numbers, and their signs as bytes."""
+
+    def __init__(self, env: Any) -> None:
+        super().__init__(env)
+        signs = spaces.Box(0, 1, (4,), np.uint8)
+        self.observation_space = spaces.Dict(places=env.observation_space, signs=signs)
+
+    def observation(self, observation: Any) -> dict[str, Any]:
+        return {"places": observation, "signs": (observation > 0).astype(np.uint8)}
+
+    def get_state(self) -> dict[str, Any]:
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+def make_signs_and_places(index: int = 0) -> Any:
+    return SignsAndPlaces(MakeEnvironment("CartPole-v1")())
+
+
+class NetworkOfSigns(nn.Module):
+    """Dict observations to the values of two actions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+
+    def forward(self, observations: dict[str, torch.Tensor]) -> torch.Tensor:
+        places = observations["places"]
+        values: torch.Tensor = self.layers(torch.cat([places, observations["signs"].to(places.dtype)], 1))
+        return values
+
+
+def run_dqn(fabric: Fabric, config: dqn.DQNConfig) -> dqn.DQNState:
+    if getattr(config, "own", "") == "dict":
+        torch.manual_seed(config.seed)
+        return dqn.train(fabric, config, make_env=make_signs_and_places, q_network=NetworkOfSigns())
+    return dqn.train(fabric, config, make_env=MakeEnvironment(config.env))
+
+
+def run_sac(fabric: Fabric, config: sac.SACConfig) -> sac.SACState:
+    return sac.train(fabric, config, make_env=MakeEnvironment(config.env))
+
+
+# Learns from the first step on; twenty transitions of each environment are soon written over.
+OFF_POLICY: dict[str, Any] = {
+    "steps": 30, "log_every": 4, "validate_every": 10, "checkpoint_every": 8, "num_envs": 4, "train_every": 2,
+    "learning_starts": 7, "capacity": 80, "batch_size": 16, "width": 8, "val_episodes": 2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOCase(ppo.PPOConfig):
+    """With the environment that a user gives to ``train`` beside the config."""
+
+    own: Literal["", "mixed"] = ""
+
+
+class Choices(Mixed):  # type: ignore[misc]
+    """Dict observations with pictures and numbers, and several choices an action, of which one is rewarded."""
+
+    def step(self, action: Any) -> Any:
+        observation, _, *ends = super().step(action)
+        return observation, float(action[0] == 2), *ends
+
+    def get_state(self) -> dict[str, Any]:
+        return {"kept": self.kept, "count": self.count}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.kept, self.count = state["kept"], state["count"]
+
+
+def choices(index: int) -> Any:
+    return Choices()
+
+
+def run_ppo(fabric: Fabric, config: ppo.PPOConfig) -> ppo.PPOState:
+    own = getattr(config, "own", "")
+    return ppo.train(fabric, config, make_env=choices if own == "mixed" else MakeEnvironment(config.env))
+
+
+def run_reinforce(fabric: Fabric, config: reinforce.ReinforceConfig) -> reinforce.ReinforceState:
+    return reinforce.train(fabric, config, make_env=MakeEnvironment(config.env))
+
+
 CASES = [
     Case(
         name="gan",
@@ -345,7 +443,16 @@ CASES = [
         variants={
             "nonsaturating": {"loss": "nonsaturating"},
             "hinge": {"loss": "hinge"},
+            "saturating": {"loss": "saturating"},
+            "lsgan": {"loss": "lsgan"},
+            "wasserstein": {"loss": "wasserstein", "r1": 0.0, "r2": 0.0, "gp": 10.0, "d_steps": 2},
+            "relativistic-average": {"loss": "relativistic-average"},
+            "dragan": {"loss": "nonsaturating", "r1": 0.0, "r2": 0.0, "dragan": 10.0},
+            "consistency": {"loss": "hinge", "bcr": 10.0},
+            "lazy-penalties": {"gp": 1.0, "penalty_every": 4},
+            "augmented": {"augment": ("color", "translation", "cutout"), "bcr": 1.0},
             "two-d-steps": {"d_steps": 2},
+            "two-g-steps": {"g_steps": 2},
             "unconditional": {"num_classes": 0},
             "no-penalty": {"r1": 0.0, "r2": 0.0},
             "conv": {"network": "conv", "width": 4},
@@ -524,5 +631,72 @@ CASES = [
             "head-rates": {"head_lr": {"left": 1e-4, "light": 1e-2}, "schedule": "cosine"},
         },
         preset=multitask.MultitaskConfig(**multitask.PRESETS["digits"] | {"steps": 30, "baselines": None}),
+    ),
+    Case(
+        name="dqn",
+        module="recipes.dqn",
+        run=run_dqn,
+        config=DQNCase(**OFF_POLICY, updates=2, epsilon=0.2, epsilon_steps=100, importance_steps=200),
+        variants={
+            "double": {"double": True},
+            "dueling": {"dueling": True},
+            "n-step": {"n_step": 3},
+            "prioritised": {"prioritised": True},
+            "everything": {"double": True, "dueling": True, "n_step": 3, "prioritised": True, "target_every": 5},
+            "dict-observations": {"own": "dict"},
+        },
+        # With two environments, so that two processes can share them, and one update a step.
+        preset=dqn.DQNConfig(
+            **dqn.PRESETS["cartpole"]
+            | {"steps": 30, "num_envs": 2, "train_every": 4, "updates": 1, "learning_starts": 7}
+        ),
+    ),
+    Case(
+        name="sac",
+        module="recipes.sac",
+        run=run_sac,
+        config=sac.SACConfig(**OFF_POLICY),
+        variants={
+            "fixed-temperature": {"temperature": 0.2},
+            "n-step-two-updates": {"n_step": 3, "updates": 2},
+            "one-step": {"train_every": 1, "learning_starts": 3},
+        },
+        preset=sac.SACConfig(**sac.PRESETS["pendulum"] | {"steps": 30, "num_envs": 2, "learning_starts": 7}),
+    ),
+    Case(
+        name="ppo",
+        module="recipes.ppo",
+        run=run_ppo,
+        config=PPOCase(
+            **{"steps": 30, "log_every": 4, "validate_every": 10, "checkpoint_every": 8, "width": 8},
+            **{"num_envs": 6, "rollout_steps": 8, "epochs": 2, "minibatches": 3, "val_episodes": 3},
+        ),
+        variants={
+            "everything-normalised": {"normalise_observations": True, "normalise_rewards": True, "clip_value": True},
+            "continuous": {"env": "Pendulum-v1", "normalise_observations": True, "entropy_coefficient": 0.01},
+            "one-trunk": {"shared": True, "normalise_advantages": False},
+            "target-kl": {"target_kl": 1e-4, "anneal_lr": False, "anneal_clip": False, "epochs": 4},
+            "plain": {"max_grad_norm": 0.0, "gae_decay": 1.0, "greedy": False, "minibatches": 1},
+            "choices": {"env": "FrozenLake-v1"},
+            "dicts-and-several-choices": {"own": "mixed"},
+        },
+        # Not 30 steps: in float32 one of 7,680 actions is sooner or later drawn otherwise, and leads elsewhere.
+        preset=ppo.PPOConfig(**ppo.PRESETS["cartpole"] | {"steps": 30, "stop_at": 10}),
+    ),
+    Case(
+        name="reinforce",
+        module="recipes.reinforce",
+        run=run_reinforce,
+        # A number of episodes that two processes do not divide.
+        config=reinforce.ReinforceConfig(
+            **{"steps": 30, "log_every": 4, "validate_every": 10, "checkpoint_every": 8, "width": 8},
+            **{"episodes": 3, "val_episodes": 3, "env": "FrozenLake-v1"},
+        ),
+        variants={
+            "no-baseline": {"baseline": False},
+            "plain": {"normalise_advantages": False, "max_grad_norm": 0.0, "entropy_coefficient": 0.01},
+            "continuous-and-truncated": {"env": "MountainCarContinuous-v0", "steps": 12},
+        },
+        preset=reinforce.ReinforceConfig(**reinforce.PRESETS["cartpole"] | {"steps": 30}),
     ),
 ]

@@ -86,7 +86,8 @@ PRECISIONS = {
 
 
 def losses(run_dir):
-    return {tag: value for tag, value in read_rows(run_dir)[0].items() if tag.startswith(("loss/", "train/loss"))}
+    beginnings = ("loss/", "losses/", "train/loss")
+    return {tag: value for tag, value in read_rows(run_dir)[0].items() if tag.startswith(beginnings)}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -262,7 +263,11 @@ def test_a_run_divided_over_one_then_two_then_one_process_equals_that_of_one(flo
 
 def without_times(row):
     # A class without samples has no accuracy.
-    return {tag: -1 if value is None else value for tag, value in row.items() if not tag.startswith("time/")}
+    return {tag: -1 if value is None else value for tag, value in row.items() if not is_rate(tag)}
+
+
+def is_rate(tag):
+    return tag.startswith("time/") or tag == "charts/SPS"
 
 
 @pytest.mark.distributed

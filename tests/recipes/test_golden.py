@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_custom.environments.makers import MakeEnvironment
 from lightning_custom.machine import machine_facts
 from lightning_custom.metrics import read_rows
 from lightning_custom.networks import ConvClassifier
 from lightning_custom.tasks import Sinusoids
 from lightning_custom.testing import single_process
-from recipes import classification, gan, imaml, maml, maml_plus_plus, multitask, reptile
+from recipes import classification, dqn, gan, imaml, maml, maml_plus_plus, multitask, ppo, reinforce, reptile, sac
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 STEPS = 20
@@ -78,6 +79,33 @@ def train_multitask(fabric, run_dir):
     return config
 
 
+def train_dqn(fabric, run_dir):
+    config = dqn.DQNConfig(
+        run_dir=str(run_dir), stop_at=STEPS, log_every=1, validate_every=0, accelerator="cpu",
+        train_every=16, updates=2, learning_starts=0,
+    )  # fmt: skip
+    dqn.train(fabric, config, make_env=MakeEnvironment(config.env))
+    return config
+
+
+def train_sac(fabric, run_dir):
+    config = sac.SACConfig(run_dir=str(run_dir), stop_at=STEPS, log_every=1, accelerator="cpu", learning_starts=0)
+    sac.train(fabric, config, make_env=MakeEnvironment(config.env))
+    return config
+
+
+def train_ppo(fabric, run_dir):
+    config = ppo.PPOConfig(run_dir=str(run_dir), stop_at=STEPS, log_every=1, accelerator="cpu")
+    ppo.train(fabric, config, make_env=MakeEnvironment(config.env))
+    return config
+
+
+def train_reinforce(fabric, run_dir):
+    config = reinforce.ReinforceConfig(run_dir=str(run_dir), stop_at=STEPS, log_every=1, accelerator="cpu")
+    reinforce.train(fabric, config, make_env=MakeEnvironment(config.env))
+    return config
+
+
 RECIPES = {
     "gan": train_gan,
     "classification": train_classification,
@@ -86,6 +114,10 @@ RECIPES = {
     "reptile": train_reptile,
     "imaml": train_imaml,
     "multitask": train_multitask,
+    "ppo": train_ppo,
+    "reinforce": train_reinforce,
+    "dqn": train_dqn,
+    "sac": train_sac,
 }
 
 
@@ -103,6 +135,7 @@ def test_first_losses_of_the_default_preset_are_those_on_record(recipe, tmp_path
     fabric = single_process()
     config = RECIPES[recipe](fabric, tmp_path)
     rows = [{tag: value for tag, value in row.items() if "loss" in tag} for row in read_rows(tmp_path)]
+    rows = [row for row in rows if row]
     found = {"machine": {**machine_facts(fabric, config), "processor": processor()}, "losses": rows}
     path = GOLDEN / f"{recipe}.json"
     if request.config.getoption("--renew-golden", default=False):
