@@ -1,7 +1,7 @@
 """Losses and penalties between a generator and a discriminator.
 
 Logits are ``[B]`` or ``[B, ...]``: high means real. Every loss is a mean over its batch, so that the mean over equal
-parts of a batch is the loss of the whole.
+parts of a batch, each on a process of its own, is the loss of the whole.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu, softplus
 
+from lightning_custom.distributed import global_mean
 from lightning_custom.precision import unwrap
 
 
@@ -22,6 +23,10 @@ class AdversarialLoss(NamedTuple):
     generator: Callable[[Tensor | None, Tensor], Tensor]
     generator_sees_real: bool = False
     """Whether the generator's loss needs ``real_logits``; where not, they may be None."""
+
+
+def _logistic(real: Tensor, fake: Tensor) -> Tensor:
+    return softplus(-real).mean() + softplus(fake).mean()
 
 
 def _paired(real_logits: Tensor | None, fake_logits: Tensor) -> Tensor:
@@ -39,10 +44,16 @@ out, or Adam amplifies the rounding of that zero.
 """
 
 nonsaturating = AdversarialLoss(
-    discriminator=lambda real, fake: softplus(-real).mean() + softplus(fake).mean(),
+    discriminator=_logistic,
     generator=lambda real, fake: softplus(-fake).mean(),
 )
 """Non-saturating logistic loss (Goodfellow et al. 2014, section 3)."""
+
+saturating = AdversarialLoss(discriminator=_logistic, generator=lambda real, fake: -softplus(fake).mean())
+"""The minimax game itself (Goodfellow et al. 2014, eq. 1).
+
+The generator's gradient vanishes where the discriminator is sure of itself: it is here to compare with.
+"""
 
 hinge = AdversarialLoss(
     discriminator=lambda real, fake: relu(1 - real).mean() + relu(1 + fake).mean(),
@@ -50,10 +61,46 @@ hinge = AdversarialLoss(
 )
 """Hinge loss (Lim and Ye 2017; Miyato et al. 2018, eq. 16 and 17)."""
 
+least_squares = AdversarialLoss(
+    discriminator=lambda real, fake: ((real - 1).square().mean() + fake.square().mean()) / 2,
+    generator=lambda real, fake: (fake - 1).square().mean() / 2,
+)
+"""Least squares towards 1 for real and 0 for generated samples (LSGAN, Mao et al. 2017, eq. 9)."""
+
+wasserstein = AdversarialLoss(
+    discriminator=lambda real, fake: fake.mean() - real.mean(), generator=lambda real, fake: -fake.mean()
+)
+"""Differences of mean logits (Arjovsky et al. 2017, eq. 2), for use with :func:`norm_penalty`."""
+
+
+def _against_the_average(above: Tensor | None, below: Tensor | None) -> Tensor:
+    assert above is not None
+    assert below is not None
+    return softplus(global_mean(below) - above).mean() + softplus(below - global_mean(above)).mean()
+
+
+relativistic_average = AdversarialLoss(
+    discriminator=_against_the_average,
+    generator=lambda real, fake: _against_the_average(fake, real),
+    generator_sees_real=True,
+)
+"""Each logit against the mean of the other kind (RaSGAN, Jolicoeur-Martineau 2018, algorithm 2).
+
+The means are those of the global batch. A constant added to all logits has no gradient, as for :data:`relativistic`.
+"""
+
 _SCALE = 2.0**10
 """Lifts the gradients of 16-mixed out of float16's underflow; a power of two changes no bit elsewhere."""
 
-LOSSES = {"r3": relativistic, "nonsaturating": nonsaturating, "hinge": hinge}
+LOSSES = {
+    "r3": relativistic,
+    "nonsaturating": nonsaturating,
+    "hinge": hinge,
+    "saturating": saturating,
+    "lsgan": least_squares,
+    "wasserstein": wasserstein,
+    "relativistic-average": relativistic_average,
+}
 """The losses by the names that a config uses."""
 
 
@@ -66,6 +113,39 @@ def squared_gradient_norms(logits: Tensor, samples: Tensor) -> Tensor:
     """
     (gradient,) = torch.autograd.grad(logits, samples, torch.full_like(logits, _SCALE), create_graph=True)
     return gradient.square().flatten(1).sum(1) / _SCALE**2
+
+
+def norm_penalty(squared_norms: Tensor, target: float = 1.0) -> Tensor:
+    """The mean of ``(norm - target)^2``, given the ``[B]`` results of :func:`squared_gradient_norms`.
+
+    On :func:`interpolated` samples the penalty of WGAN-GP (Gulrajani et al. 2017, eq. 3), on real samples with noise
+    that of DRAGAN (Kodali et al. 2017), each without its weight.
+    """
+    # The root of 0 has no finite derivative.
+    return ((squared_norms + 1e-12).sqrt() - target).square().mean()
+
+
+def interpolated(real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
+    """``mix * real + (1 - mix) * fake`` for samples ``[B, ...]`` and one number ``[B]`` a pair; no gradient."""
+    mix = mix.view(-1, *(1 for _ in real.shape[1:])).to(real.dtype)
+    return torch.lerp(fake.detach(), real.detach(), mix)
+
+
+def lazy_adam(lr: float, betas: tuple[float, float], every: int) -> tuple[float, tuple[float, float]]:
+    """Adam's learning rate and betas where a penalty has an update of its own after every ``every`` others.
+
+    With ``c = every / (every + 1)`` they become ``c lr`` and ``betas ** c``, so that as many steps as before, and the
+    same memory, count in updates of the loss. The penalty's weight is multiplied by ``every``. Karras et al. 2020
+    (StyleGAN2), appendix B, lazy regularisation. With ``every=1`` the penalty is taken to share the loss's update, and
+    nothing changes.
+
+    >>> lazy_adam(1.0, (0.0, 0.25), 1), lazy_adam(2.0, (0.0, 1.0), 3)
+    ((1.0, (0.0, 0.25)), (1.5, (0.0, 1.0)))
+    """
+    if every == 1:
+        return lr, betas
+    c = every / (every + 1)
+    return c * lr, (betas[0] ** c, betas[1] ** c)
 
 
 @contextmanager

@@ -130,6 +130,35 @@ def sum_over_processes(fabric: Fabric, tensor: Tensor) -> Tensor:
     return total
 
 
+class _MeanOverProcesses(torch.autograd.Function):
+    """The mean over processes; being linear and symmetric, it is its own derivative, of any order."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.detach().clone()
+        dist.all_reduce(total)
+        return total / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        mean: Tensor = _MeanOverProcesses.apply(gradient)
+        return mean
+
+
+def global_mean(tensor: Tensor) -> Tensor:
+    """The mean of ``tensor`` over its entries and over processes, which hold equally many, as a scalar; differentiable.
+
+    For a loss that bends a statistic of the batch: there the mean over processes of local losses is not the loss of
+    the global batch. Gradients that come through it are right after :func:`mean_gradients_`. Each call waits for the
+    other processes, in the backward pass too, so all must make it.
+    """
+    mean = tensor.mean()
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return mean
+    result: Tensor = _MeanOverProcesses.apply(mean)
+    return result
+
+
 def all_objects(fabric: Fabric, value: T) -> list[T]:
     """Every process's ``value``, in order of rank, on every process."""
     if fabric.world_size == 1:

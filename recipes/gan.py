@@ -16,15 +16,25 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 from torch.optim import Adam, Optimizer
 
-from lightning_custom.adversarial import LOSSES, frozen, squared_gradient_norms
+from lightning_custom.adversarial import (
+    LOSSES,
+    frozen,
+    interpolated,
+    lazy_adam,
+    norm_penalty,
+    squared_gradient_norms,
+)
+from lightning_custom.augmentation import diff_augment
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
 from lightning_custom.config import RunConfig, read_config, require_at_least, with_run_dir
@@ -41,7 +51,7 @@ from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import MetricLogger
 from lightning_custom.networks import ConvDiscriminator, ConvGenerator, MLPDiscriminator, MLPGenerator
 from lightning_custom.pictures import image_grid
-from lightning_custom.precision import bare
+from lightning_custom.precision import Bare, bare
 from lightning_custom.progress import Progress
 from lightning_custom.run import CHECKPOINTS, CONFIG
 from lightning_custom.storage import saved_steps
@@ -55,19 +65,31 @@ class GANConfig(RunConfig):
     """Settings of the loop, and of the data and networks that the command line builds."""
 
     steps: int = 5000
-    """Generator updates."""
+    """Steps, of ``d_steps`` discriminator and ``g_steps`` generator updates each."""
     log_every: int = 100
     """Steps between two rows of metrics."""
     validate_every: int = 1000
     """Steps between two validations; 0: only at the end."""
     checkpoint_every: int = 1000
     """Steps between two checkpoints; 0: only at the end or when stopped."""
-    loss: Literal["r3", "nonsaturating", "hinge"] = "r3"
+    loss: Literal["r3", "nonsaturating", "hinge", "saturating", "lsgan", "wasserstein", "relativistic-average"] = "r3"
     """Adversarial loss."""
     r1: float = 0.5
     """Weight gamma of R1, the penalty gamma/2 |grad D|^2 on real samples; 0: none."""
     r2: float = 0.5
     """Weight gamma of R2, the same on generated samples; 0: none."""
+    gp: float = 0.0
+    """Weight of WGAN-GP's penalty (|grad D| - 1)^2 between real and generated samples, 10 in the paper; 0: none."""
+    dragan: float = 0.0
+    """Weight of DRAGAN's penalty, the same on real samples with noise, 10 in the paper; 0: none."""
+    dragan_std: float = 0.25
+    """Standard deviation of DRAGAN's noise, in the units of the data."""
+    bcr: float = 0.0
+    """Weight of balanced consistency, (D(T(x)) - D(x))^2 for T a translation, 10 in the paper; 0: none."""
+    penalty_every: int = 1
+    """Discriminator updates to one update on the penalties alone; 1: they share every update of the loss."""
+    augment: tuple[Literal["color", "translation", "cutout"], ...] = ()
+    """Parts of DiffAugment, done to all that the discriminator sees; the paper has all three."""
     batch_size: int = 64
     """Real samples of a discriminator update, over all processes."""
     latent_size: int = 32
@@ -76,6 +98,8 @@ class GANConfig(RunConfig):
     """Classes that both networks are conditioned on; 0: unconditional."""
     d_steps: int = 1
     """Discriminator updates in each step."""
+    g_steps: int = 1
+    """Generator updates in each step, each after the first with new latents for the last real batch's labels."""
     g_lr: float = 1e-3
     """Learning rate of the generator (Adam)."""
     d_lr: float = 1e-3
@@ -101,8 +125,15 @@ class GANConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(self, {"batch_size": 1, "latent_size": 1, "d_steps": 1, "width": 2, "num_classes": 0})
+        require_at_least(
+            self, {"batch_size": 1, "latent_size": 1, "d_steps": 1, "g_steps": 1, "width": 2, "num_classes": 0}
+        )
         require_at_least(self, {"r1": 0, "r2": 0, "g_lr": 0, "d_lr": 0, "ema_half_life": 0, "ema_ramp": 0})
+        require_at_least(self, {"gp": 0, "dragan": 0, "dragan_std": 0, "bcr": 0, "penalty_every": 1})
+        if self.penalty_every > 1 and not (self.r1 or self.r2 or self.gp or self.dragan or self.bcr):
+            raise ConfigError(
+                f"penalty_every: {self.penalty_every}, but no penalty has a weight; set r1, or leave it 1"
+            )
         for name in ("g_betas", "d_betas"):
             if not all(0 <= beta < 1 for beta in getattr(self, name)):
                 raise ConfigError(f"{name}: {getattr(self, name)}; each must be at least 0 and below 1")
@@ -130,7 +161,7 @@ class GANState:
     batches: Batches
     metrics: MetricLogger
     step: int = 0
-    """Generator updates done."""
+    """Steps done."""
 
 
 def train(
@@ -149,10 +180,12 @@ def train(
     """
     config, loss = with_run_dir(fabric, config), LOSSES[config.loss]
     g_optimizer = Adam(generator.parameters(), config.g_lr, config.g_betas, fused=True)
-    d_optimizer = Adam(discriminator.parameters(), config.d_lr, config.d_betas, fused=True)
+    d_lr, d_betas = lazy_adam(config.d_lr, config.d_betas, config.penalty_every)
+    d_optimizer = Adam(discriminator.parameters(), d_lr, d_betas, fused=True)
     generator, g_optimizer = fabric.setup(generator, g_optimizer)
     discriminator, d_optimizer = fabric.setup(discriminator, d_optimizer)
     generate, discriminate = bare(fabric, generator), bare(fabric, discriminator)
+    judge = partial(judged, fabric, config, discriminate)
     average = EMA(generator, half_life=config.ema_half_life, ramp=config.ema_ramp)
     batches = Batches(fabric, dataset, batch_size=config.batch_size, seed=config.seed)
     metrics = MetricLogger(
@@ -175,39 +208,51 @@ def train(
 
         while state.step < config.steps:
             rng = seed_step(config.seed, state.step, fabric)
+            losses: dict[str, Tensor] = {}
 
             for d_step in range(config.d_steps):
                 # Discriminator: raise D(real), lower D(fake), keep its gradient at both small.
                 real, *label = images_and_labels(next(batches), config, fabric)
-                latent = take_share(torch.randn(config.batch_size, config.latent_size, generator=rng.shared), fabric)
+                latent = draw_latents(fabric, config, rng.shared)
                 with torch.set_grad_enabled(d_step == config.d_steps - 1):  # the last fakes serve the generator too
                     fake = generate(latent, *label)
                 samples = torch.cat([real, fake.detach()]).requires_grad_()
-                logits = discriminate(samples, *(torch.cat([part, part]) for part in label))
-                real_logits, fake_logits = logits.chunk(2)
-                d_loss = loss.discriminator(real_logits, fake_logits)
-                penalty = torch.zeros((), device=fabric.device)
-                if config.r1 or config.r2:
-                    r1, r2 = squared_gradient_norms(logits, samples).chunk(2)
-                    penalty = config.r1 / 2 * r1.mean() + config.r2 / 2 * r2.mean()
+                logits = judge(samples, label, rng.shared)
+                losses["loss/discriminator"] = d_loss = loss.discriminator(*logits.chunk(2))
+                if config.penalty_every == 1:
+                    penalty = penalties(fabric, config, judge, samples, logits, label, rng.shared)
+                    losses["loss/penalty"], d_loss = penalty, d_loss + penalty
                 d_optimizer.zero_grad()
-                fabric.backward(d_loss + penalty)
+                fabric.backward(d_loss)
                 mean_gradients_(fabric, discriminator)
                 d_optimizer.step()
+                if config.penalty_every > 1 and due(state.step * config.d_steps + d_step + 1, config.penalty_every):
+                    # Lazily: an update of its own, with the weight of all updates that went without.
+                    logits = judge(samples, label, rng.shared)
+                    penalty = penalties(fabric, config, judge, samples, logits, label, rng.shared)
+                    losses["loss/penalty"] = penalty
+                    d_optimizer.zero_grad()
+                    fabric.backward(config.penalty_every * penalty)
+                    mean_gradients_(fabric, discriminator)
+                    d_optimizer.step()
 
-            # Generator: raise D(fake).
-            with frozen(discriminator):
-                with torch.no_grad():
-                    real_logits = discriminate(real, *label) if loss.generator_sees_real else None
-                g_loss = loss.generator(real_logits, discriminate(fake, *label))
-                g_optimizer.zero_grad()
-                fabric.backward(g_loss)
-            mean_gradients_(fabric, generator)
-            g_optimizer.step()
+            for g_step in range(config.g_steps):
+                # Generator: raise D(fake).
+                if g_step > 0:
+                    fake = generate(draw_latents(fabric, config, rng.shared), *label)
+                with frozen(discriminator):
+                    with torch.no_grad():
+                        real_logits = judge(real, label, rng.shared) if loss.generator_sees_real else None
+                    losses["loss/generator"] = g_loss = loss.generator(real_logits, judge(fake, label, rng.shared))
+                    g_optimizer.zero_grad()
+                    fabric.backward(g_loss)
+                mean_gradients_(fabric, generator)
+                g_optimizer.step()
 
             state.step += 1
-            average.update_(batch_size=config.batch_size, samples_seen=state.step * config.batch_size)
-            metrics.update({"loss/discriminator": d_loss, "loss/generator": g_loss, "loss/penalty": penalty})
+            generated = config.g_steps * config.batch_size
+            average.update_(batch_size=generated, samples_seen=state.step * generated)
+            metrics.update(losses)
             progress.show(state.step)
             if due(state.step, config.log_every, last=config.steps):
                 progress.report(state.step, metrics.flush(state.step))
@@ -220,6 +265,50 @@ def train(
             if checkpointer.stop_requested:
                 break
     return state
+
+
+def draw_latents(fabric: Fabric, config: GANConfig, draw: torch.Generator) -> Tensor:
+    """This process's latents ``[B, Z]``, drawn for the whole batch."""
+    return take_share(torch.randn(config.batch_size, config.latent_size, generator=draw), fabric)
+
+
+def judged(
+    fabric: Fabric, config: GANConfig, discriminate: Bare, samples: Tensor, label: list[Tensor], draw: torch.Generator
+) -> Tensor:
+    """The discriminator's logits of augmented samples, of which there may be several batches with the same label."""
+    batches = len(samples) * fabric.world_size // config.batch_size
+    seen = diff_augment(fabric, samples, config.augment, draw, batches=batches)
+    logits: Tensor = discriminate(seen, *(torch.cat([part] * batches) for part in label))
+    return logits
+
+
+def penalties(
+    fabric: Fabric,
+    config: GANConfig,
+    judge: Callable[[Tensor, list[Tensor], torch.Generator], Tensor],
+    samples: Tensor,
+    logits: Tensor,
+    label: list[Tensor],
+    draw: torch.Generator,
+) -> Tensor:
+    """The weighted sum of the penalties on ``samples``, real ones before generated ones, whose logits are known."""
+    total, (real, fake) = torch.zeros((), device=fabric.device), samples.detach().chunk(2)
+    if config.r1 or config.r2:
+        r1, r2 = squared_gradient_norms(logits, samples).chunk(2)
+        total = config.r1 / 2 * r1.mean() + config.r2 / 2 * r2.mean()
+    if config.gp:
+        mix = take_share(torch.rand(config.batch_size, generator=draw), fabric)
+        between = interpolated(real, fake, mix).requires_grad_()
+        total = total + config.gp * norm_penalty(squared_gradient_norms(judge(between, label, draw), between))
+    if config.dragan:
+        noise = take_share(torch.randn(config.batch_size, *real.shape[1:], generator=draw), fabric)
+        around = (real + config.dragan_std * noise).requires_grad_()
+        total = total + config.dragan * norm_penalty(squared_gradient_norms(judge(around, label, draw), around))
+    if config.bcr:
+        moved = diff_augment(fabric, samples.detach(), ("translation",), draw, batches=2)
+        # Twice the mean over both kinds is the sum of the means over each.
+        total = total + config.bcr * 2 * mse_loss(judge(moved, label, draw), logits)
+    return total
 
 
 def images_and_labels(batch: Any, config: GANConfig, fabric: Fabric) -> tuple[Tensor, ...]:

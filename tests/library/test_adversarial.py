@@ -6,20 +6,45 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from lightning_custom.adversarial import LOSSES, frozen, squared_gradient_norms
+from lightning_custom.adversarial import (
+    LOSSES,
+    frozen,
+    interpolated,
+    lazy_adam,
+    norm_penalty,
+    squared_gradient_norms,
+)
+from lightning_custom.testing import in_processes, single_process
 
 REAL, FAKE = [0.3, -2.0, 5.0, 0.0], [-1.0, 0.5, 4.0, -3.0]
+MEAN_REAL, MEAN_FAKE = 0.825, 0.125
 
 
 def log1p_exp(x):
     return math.log1p(math.exp(x))
 
 
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
 CLOSED_FORMS = {  # per pair of logits: what the discriminator minimises, what the generator does
     "r3": (lambda r, f: log1p_exp(f - r), lambda r, f: log1p_exp(r - f)),
     "nonsaturating": (lambda r, f: log1p_exp(-r) + log1p_exp(f), lambda r, f: log1p_exp(-f)),
     "hinge": (lambda r, f: max(0, 1 - r) + max(0, 1 + f), lambda r, f: -f),
+    "saturating": (
+        lambda r, f: -math.log(sigmoid(r)) - math.log(1 - sigmoid(f)),
+        lambda r, f: math.log(1 - sigmoid(f)),
+    ),
+    "lsgan": (lambda r, f: 0.5 * (r - 1) ** 2 + 0.5 * f**2, lambda r, f: 0.5 * (f - 1) ** 2),
+    "wasserstein": (lambda r, f: f - r, lambda r, f: -f),
+    "relativistic-average": (
+        lambda r, f: -math.log(sigmoid(r - MEAN_FAKE)) - math.log(1 - sigmoid(f - MEAN_REAL)),
+        lambda r, f: -math.log(sigmoid(f - MEAN_REAL)) - math.log(1 - sigmoid(r - MEAN_FAKE)),
+    ),
 }
+LIBRARYS_OWN = set(LOSSES)  # a user, or a page of the docs whose code runs, may add to them later
+BENDS_A_MEAN = {"relativistic-average"}
 losses = pytest.mark.parametrize("name", CLOSED_FORMS)
 
 
@@ -31,12 +56,47 @@ def test_a_loss_is_its_closed_form(name):
         assert loss(real, fake).item() == pytest.approx(expected, rel=1e-12)
 
 
-@losses
+def test_every_loss_has_a_closed_form_here():
+    assert CLOSED_FORMS.keys() == LIBRARYS_OWN
+
+
+@pytest.mark.parametrize("name", sorted(CLOSED_FORMS.keys() - BENDS_A_MEAN))
 def test_the_mean_over_equal_parts_is_the_loss_of_the_whole(name):
     real, fake = torch.tensor(REAL, dtype=torch.float64), torch.tensor(FAKE, dtype=torch.float64)
     for loss in LOSSES[name][:2]:
         parts = [loss(r, f).item() for r, f in zip(real.chunk(2), fake.chunk(2), strict=True)]
         assert loss(real, fake).item() == pytest.approx(np.mean(parts), rel=1e-12)
+
+
+def local_mean(tensor):
+    return tensor.mean()
+
+
+def relativistic_average_of_a_part(fabric, mean="global"):
+    """Both losses on this process's part of logits ``weight * number``, and their gradients by the weight."""
+    found = []
+    for loss in LOSSES["relativistic-average"][:2]:
+        weight = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+        numbers = torch.tensor([REAL, FAKE], dtype=torch.float64).chunk(fabric.world_size, dim=1)[fabric.global_rank]
+        with pytest.MonkeyPatch.context() as patch:
+            if mean == "local":
+                patch.setattr("lightning_custom.adversarial.global_mean", local_mean)
+            value = loss(*(weight * numbers))
+        (gradient,) = torch.autograd.grad(value, weight)
+        found += [value.item(), gradient.item()]
+    return found
+
+
+def relativistic_average_of_parts(fabric):
+    return [relativistic_average_of_a_part(fabric, mean) for mean in ("global", "local")]
+
+
+@pytest.mark.distributed
+def test_the_mean_of_the_relativistic_average_over_processes_is_that_of_the_global_batch():
+    whole = relativistic_average_of_a_part(single_process())
+    with_global_means, with_local_means = np.mean(in_processes(relativistic_average_of_parts, 2), axis=0)
+    assert with_global_means == pytest.approx(whole, rel=1e-12)
+    assert abs(with_local_means - whole).min() > 1e-3
 
 
 @losses
@@ -71,6 +131,52 @@ def test_gradients_through_loss_and_penalty_are_finite_differences(name):
 
     parameters = [parameter.detach().requires_grad_() for parameter in network.parameters()]
     assert torch.autograd.gradcheck(objective, parameters, eps=1e-6, atol=1e-8)
+
+
+def test_gradients_through_norm_penalties_are_finite_differences():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    names = [key for key, _ in network.named_parameters()]
+    real, fake = torch.randn(2, 5, 3, dtype=torch.float64)
+
+    def objective(*parameters):
+        samples = interpolated(real, fake, torch.linspace(0, 1, 5)).requires_grad_()
+        logits = functional_call(network, dict(zip(names, parameters, strict=True)), (samples,)).squeeze(1)
+        # The last bias has no gradient, here an exact zero.
+        return 10 * norm_penalty(squared_gradient_norms(logits, samples)) + 0 * parameters[-1].sum()
+
+    parameters = [parameter.detach().requires_grad_() for parameter in network.parameters()]
+    assert torch.autograd.gradcheck(objective, parameters, eps=1e-6, atol=1e-8)
+    assert all(torch.autograd.grad(objective(*parameters), parameters)[i].any() for i in range(3))
+
+
+def test_a_norm_penalty_is_the_mean_squared_distance_of_norms_from_the_target():
+    squares = torch.tensor([0.0, 1.0, 25.0], dtype=torch.float64)
+    assert norm_penalty(squares).item() == pytest.approx((1 + 0 + 16) / 3, rel=1e-5)
+    assert norm_penalty(squares, target=0.0).item() == pytest.approx(26 / 3, rel=1e-5)
+
+
+def test_a_norm_penalty_has_a_finite_gradient_where_the_discriminator_is_flat():
+    weight = torch.zeros(3, requires_grad=True)
+    samples = torch.randn(4, 3, requires_grad=True)
+    norm_penalty(squared_gradient_norms(samples @ weight, samples)).backward()
+    assert torch.equal(weight.grad, torch.zeros(3))
+
+
+def test_interpolated_samples_lie_between_a_pair_by_the_number_that_each_pair_has():
+    real, fake = torch.ones(3, 1, 2, 2, requires_grad=True), -torch.ones(3, 1, 2, 2)
+    between = interpolated(real, fake, torch.tensor([0.0, 0.25, 1.0]))
+    assert torch.equal(between, torch.tensor([-1.0, -0.5, 1.0]).view(3, 1, 1, 1).expand(3, 1, 2, 2))
+    assert not between.requires_grad
+
+
+def test_lazy_adam_remembers_as_much_of_the_loss_as_without_the_extra_updates():
+    # Over k updates of the loss there are k + 1 steps: the same decay, and the same way at a constant gradient.
+    for k in (1, 4, 16):
+        lr, betas = lazy_adam(1e-3, (0.5, 0.99), k)
+        steps = k if k == 1 else k + 1
+        assert steps * lr == pytest.approx(k * 1e-3, rel=1e-12)
+        assert [beta**steps for beta in betas] == pytest.approx([0.5**k, 0.99**k], rel=1e-12)
 
 
 def test_a_linear_networks_squared_gradient_is_its_squared_weight():

@@ -1,9 +1,10 @@
-"""Shifts and flips: which pixel goes where, and that the number of processes changes nothing."""
+"""Augmentation: which pixel goes where, what a gradient sees, and that the number of processes changes nothing."""
 
 import pytest
 import torch
 
-from lightning_custom.augmentation import shift_and_flip
+from lightning_custom.augmentation import POLICIES, diff_augment, shift_and_flip
+from lightning_custom.errors import ConfigError
 from lightning_custom.testing import in_processes, single_process
 
 
@@ -75,12 +76,99 @@ def changed_part(fabric):
     part = images().chunk(fabric.world_size)[fabric.global_rank]
     shared = generator()
     result = shift_and_flip(fabric, part, shift=2, flip=True, background=-1.0, generator=shared)
-    return {"images": result, "next": torch.rand(1, generator=shared)}
+    kinds = torch.cat([part, -part])  # as real and generated ones, for the same part of two batches
+    first, second = diff_augment(fabric, kinds, POLICIES, shared, batches=2).chunk(2)
+    return {"images": result, "first": first, "second": second, "next": torch.rand(1, generator=shared)}
 
 
 @pytest.mark.distributed
 def test_two_processes_change_their_parts_as_one_process_the_whole():
     first, second = in_processes(changed_part, 2)
     whole = changed_part(single_process())
-    assert torch.equal(torch.cat([first["images"], second["images"]]), whole["images"])
+    for kind in ("images", "first", "second"):
+        assert torch.equal(torch.cat([first[kind], second[kind]]), whole[kind])
     assert first["next"] == second["next"] == whole["next"]
+
+
+# DiffAugment
+
+
+def augmented(batch, *policy, **options):
+    return diff_augment(single_process(), batch, policy, generator(), **options)
+
+
+def photographs(count=6, channels=3, height=16, width=8):
+    return torch.rand(count, channels, height, width, generator=generator(1), dtype=torch.float64) * 2 - 1
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, "all"])
+def test_at_strength_0_images_stay_as_they_are_and_at_1_they_do_not(policy):
+    policy = POLICIES if policy == "all" else (policy,)
+    batch = photographs()
+    assert torch.equal(augmented(batch, *policy, strength=0.0), batch)
+    assert not torch.equal(augmented(batch, *policy), batch)
+
+
+def test_without_a_policy_nothing_is_drawn_and_the_same_tensor_comes_back():
+    batch, draw = photographs(), generator()
+    assert diff_augment(single_process(), batch, (), draw) is batch
+    assert torch.equal(torch.rand(1, generator=draw), torch.rand(1, generator=generator()))
+
+
+def test_translation_moves_by_up_to_an_eighth_of_each_side():
+    batch = photographs(count=1).expand(600, -1, -1, -1)
+    offsets = [(down, right) for down in range(-2, 3) for right in range(-1, 2)]
+    expected = {offset: moved(batch[0], *offset, 0.0) for offset in offsets}
+    found = [what_happened(result, expected) for result in augmented(batch, "translation")]
+    counts = torch.tensor([found.count(offset) for offset in offsets])
+    # 15 kinds of change, 40 of each expected; chi squared with 14 degrees of freedom is below 36.1 in 99.9%.
+    assert ((counts - 40).square() / 40).sum() < 36.1
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (10, 6)])
+def test_cutout_empties_half_of_each_side_about_any_pixel(height, width):
+    rows, columns = set(), set()
+    for result in augmented(torch.ones(500, 1, height, width), "cutout")[:, 0]:
+        empty = result == 0
+        across, down = empty.any(0).nonzero().flatten(), empty.any(1).nonzero().flatten()
+        assert torch.equal(empty, empty.any(1)[:, None] & empty.any(0))  # one rectangle
+        assert len(down) == down[-1] - down[0] + 1
+        rows.add((int(down[0]), int(down[-1])))
+        columns.add((int(across[0]), int(across[-1])))
+    for side, spans in ((height, rows), (width, columns)):
+        size = side // 2
+        firsts = range(-(size // 2), side - size % 2 - size // 2 + 1)
+        assert spans == {(max(first, 0), min(first + size, side) - 1) for first in firsts}
+
+
+def test_colour_changes_brightness_saturation_and_contrast_within_their_ranges():
+    batch = photographs(count=400)
+    result = augmented(batch, "color")
+    means = result.mean((1, 2, 3)) - batch.mean((1, 2, 3))  # saturation and contrast keep the mean
+    grey, grey_before = result.mean(1), batch.mean(1)  # saturation keeps the grey values
+    contrast = grey.flatten(1).std(1) / grey_before.flatten(1).std(1)
+    colour = (result - grey[:, None]).flatten(1).std(1) / (batch - grey_before[:, None]).flatten(1).std(1)
+    for values, low, high in ((means, -0.5, 0.5), (contrast, 0.5, 1.5), (colour / contrast, 0.0, 2.0)):
+        assert low <= values.min() < low + 0.02 * (high - low)
+        assert high >= values.max() > high - 0.02 * (high - low)
+
+
+def test_gradients_through_every_part_are_finite_differences():
+    batch = photographs(count=1, channels=2, height=4, width=4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda images: augmented(images, *POLICIES), batch)
+    assert torch.autograd.gradgradcheck(lambda images: augmented(images, *POLICIES).square(), batch)
+    (gradient,) = torch.autograd.grad(augmented(batch, *POLICIES).sum(), batch)
+    assert gradient.any()
+
+
+@pytest.mark.parametrize(
+    "policy, shape, text",
+    [
+        (("colour",), (2, 1, 4, 4), "colour is unknown; choose among color"),
+        (("cutout",), (2, 5), "(2, 5) are no images"),
+    ],
+)
+def test_an_unknown_part_or_samples_that_are_no_images_are_refused(policy, shape, text):
+    with pytest.raises(ConfigError) as error:
+        augmented(torch.zeros(shape), *policy)
+    assert text in str(error.value)

@@ -13,6 +13,7 @@ from lightning_custom.distributed import (
     divide_items,
     first_process,
     gather_shares,
+    global_mean,
     mean_gradients_,
     process_item,
     share,
@@ -35,7 +36,7 @@ def processes(rank, world_size):
 
 def work(fabric):
     rank = fabric.global_rank
-    parts = [means, mixed_dtypes, initial_weights, shares, agreement, randomness]
+    parts = [means, mixed_dtypes, initial_weights, shares, agreement, randomness, global_means]
     return {part.__name__: part(fabric, rank) for part in parts}
 
 
@@ -134,6 +135,20 @@ def randomness(fabric, rank):
     }
 
 
+def cube_of_the_mean(parts):
+    """The cube of the global mean of ``weight * numbers``, its derivative by the weight, and that one's."""
+    numbers = torch.arange(6.0, dtype=torch.float64).chunk(parts.world_size)[parts.global_rank]
+    weight = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    cube = global_mean(weight * numbers) ** 3
+    (first,) = torch.autograd.grad(cube, weight, create_graph=True)
+    (second,) = torch.autograd.grad(first, weight)
+    return torch.stack([cube, first, second]).detach()
+
+
+def global_means(fabric, rank):
+    return cube_of_the_mean(fabric)
+
+
 @pytest.fixture(scope="module")
 def results():
     return in_processes(work, 2)
@@ -182,6 +197,16 @@ def test_shares_of_a_batch_come_back_as_the_batch(results):
         assert result["none"].shape == (0, 3)
         assert torch.equal(result["sum"], torch.tensor([3.0, 6.0]))
         assert result["objects"] == ["rank 0", "rank 1"]
+
+
+@pytest.mark.distributed
+def test_a_global_mean_and_its_derivatives_average_to_those_of_the_whole_batch(results):
+    # (2.5 w)^3 at w = 2.
+    closed_form = torch.tensor([125.0, 3 * 25 * 2.5, 6 * 5 * 2.5**2], dtype=torch.float64)
+    torch.testing.assert_close(cube_of_the_mean(single_process()), closed_form)
+    first, second = (result["global_means"] for result in results)
+    assert first[0] == second[0]
+    torch.testing.assert_close((first + second) / 2, closed_form)
 
 
 @pytest.mark.distributed

@@ -13,13 +13,13 @@ from PIL import Image
 from lightning_custom.action_distributions import action_distribution
 from lightning_custom.compiled_gradient import CompiledGradient
 from lightning_custom.environments.makers import MakeEnvironment, MakeVector
+from lightning_custom.errors import ConfigError
 from lightning_custom.metrics import read_rows
 from lightning_custom.numpy_network import to_tensors
 from lightning_custom.policies import actor_critic
 from lightning_custom.precision import unwrap
 from lightning_custom.testing import assert_resumes_exactly, single_process
 from recipes import ppo
-from tests.recipes.program import finish, start
 
 B = 40
 
@@ -257,24 +257,22 @@ def test_normalised_observations_that_are_no_numbers_are_refused(tmp_path):
         ppo.train(single_process(), settings, make_env=MakeEnvironment("FrozenLake-v1"))
 
 
-def test_a_trained_agent_is_shown(tmp_path):
-    run_dir = tmp_path / "run"
-    small = ("--num_envs", 2, "--rollout_steps", 8, "--epochs", 1, "--val_episodes", 2, "--test_episodes", 2)
-    words = ("--steps", 2, "--run_dir", run_dir, "--accelerator", "cpu", "--normalise_observations", "true")
-    status, printed, errors = finish(start("ppo", *words, *small))
-    assert status == 0, errors
-    assert "32 environment steps" in printed
-    words = ("--run_dir", run_dir, "--out", tmp_path / "agent.gif", "--episodes", 2)
-    status, printed, errors = finish(start("ppo", "enjoy", *words))
-    assert status == 0, errors
-    assert printed.startswith("returns ")
+def test_a_trained_agent_is_shown(tmp_path, capsys):
+    settings = config(
+        num_envs=2, rollout_steps=8, epochs=1, steps=2, test_episodes=2, normalise_observations=True,
+        run_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    assert ppo.main(settings) == str(tmp_path / "run")
+    assert "32 environment steps" in capsys.readouterr().out
+    ppo.enjoy(ppo.EnjoyConfig(run_dir=str(tmp_path / "run"), out=str(tmp_path / "agent.gif"), episodes=2))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("returns ")
     with Image.open(tmp_path / "agent.gif") as picture:
         assert picture.n_frames > 5
 
 
-def test_an_unknown_environment_is_one_line_and_status_2(tmp_path):
-    status, _, errors = finish(start("ppo", "--env", "CartPol-v1", "--run_dir", tmp_path))
-    assert status == 2
-    (line,) = [text for text in errors.splitlines() if text.startswith("error")]
-    assert "env: CartPol-v1 cannot be made" in line
-    assert "Traceback" not in errors
+def test_what_is_not_there_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="env: CartPol-v1 cannot be made"):
+        ppo.main(config(env="CartPol-v1", run_dir=str(tmp_path)))
+    with pytest.raises(ConfigError, match="holds no run; check the path"):
+        ppo.enjoy(ppo.EnjoyConfig(run_dir=str(tmp_path / "none")))
