@@ -106,7 +106,7 @@ class MAMLConfig(RunConfig):
     batch_statistics: Literal["query", "support", "both"] = "query"
     """Samples whose statistics normalise the query set, in networks with batch normalisation."""
     task_batching: Literal["auto", "vmap", "loop"] = "auto"
-    """Tasks at once, or one after another; auto is one after another for exact_reduction, and for 16 images on a CPU."""
+    """Tasks at once, or one after another; auto is the latter for exact_reduction, and for 16 images on a CPU."""
     tasks_at_once: int = 0
     """Most tasks that are computed at once, to save memory; 0: all that a process has."""
     checkpoint_inner: bool = False
