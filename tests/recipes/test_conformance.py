@@ -29,6 +29,8 @@ from tests.recipes.cases import CASES
 
 VARIANTS = {f"{case.name}-{name}": (case, config) for case in CASES for name, config in case.configs().items()}
 BETWEEN_FLUSHES = 11
+# The first test that asks for two processes waits for the runs of all.
+pytestmark = pytest.mark.timeout(1800)
 
 
 def every_case(function):
