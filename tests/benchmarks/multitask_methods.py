@@ -33,8 +33,8 @@ from tests.benchmarks.interleave import interleave, machine, quiet, table
 
 RATES = (1e-3, 3e-3, 1e-2)
 ALONE = tuple(f"only {task}" for task in multitask.TASKS)
-# Static weights are what one sets them to.
-METHODS = (*ALONE, *(method for method in get_args(Method) if method != "static"))
+# Static weights are what one sets them to, and torchjd is any of a library's.
+METHODS = (*ALONE, *(method for method in get_args(Method) if method not in ("static", "torchjd")))
 
 
 def run(preset: str, method: str, seed: int, fields: dict[str, Any]) -> dict[str, Any]:
