@@ -235,6 +235,7 @@ def float32(tmp_path_factory):
 
 
 @pytest.mark.distributed
+@pytest.mark.xdist_group("float64")
 @every_variant
 def test_two_processes_reach_the_state_of_one(float64, name):
     first, second = (part["all"][name] for part in float64.two)
@@ -243,6 +244,7 @@ def test_two_processes_reach_the_state_of_one(float64, name):
 
 
 @pytest.mark.distributed
+@pytest.mark.xdist_group("float64")
 @every_case
 def test_two_processes_differ_from_one_without_the_averaging_line(float64, case):
     first, second = (part["unaveraged"][case.name] for part in float64.two)
@@ -251,6 +253,7 @@ def test_two_processes_differ_from_one_without_the_averaging_line(float64, case)
 
 
 @pytest.mark.distributed
+@pytest.mark.xdist_group("float64")
 @every_case
 def test_a_run_divided_over_one_then_two_then_one_process_equals_that_of_one(float64, case):
     run_dir = float64.folder / "divided" / case.name
@@ -273,6 +276,7 @@ def is_rate(tag):
 
 
 @pytest.mark.distributed
+@pytest.mark.xdist_group("float32")
 @every_variant
 def test_first_gradient_of_two_processes_is_that_of_one_in_float32(float32, name):
     expected, (first, second) = float32.one["gradients"][name], (part["gradients"][name] for part in float32.two)
@@ -283,6 +287,7 @@ def test_first_gradient_of_two_processes_is_that_of_one_in_float32(float32, name
 
 
 @pytest.mark.distributed
+@pytest.mark.xdist_group("float32")
 @every_case
 def test_two_processes_reach_the_default_presets_state_of_one_in_float32(float32, case):
     one, (two, _) = float32.one["presets"][case.name], (part["presets"][case.name] for part in float32.two)
@@ -290,6 +295,7 @@ def test_two_processes_reach_the_default_presets_state_of_one_in_float32(float32
 
 
 @pytest.mark.distributed
+@pytest.mark.xdist_group("float32")
 @every_case
 def test_a_signal_to_one_of_two_processes_saves_once_and_stops_both_after_the_same_step(float32, case):
     # Sent in step 5, agreed on after it, read after the next.
