@@ -35,13 +35,21 @@ class CompiledGradient:
 
     def __call__(self, *arguments: Argument) -> tuple[Tensor, dict[str, Tensor]]:
         """The total, whose gradient is known already, and the values."""
+        tensors, values = _flat(arguments), list[Tensor]()
+        total = _HandOver.apply(self._compiled_for(tensors, arguments), values, *tensors)
+        return total, dict(zip(self._value_names, values, strict=True))
+
+    def gradients(self, *arguments: Argument) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The gradients by the arguments that require one, in their order, and the values; autograd sees nothing."""
         tensors = _flat(arguments)
+        _, gradients, values = self._compiled_for(tensors, arguments)([tensor.detach() for tensor in tensors])
+        return gradients, dict(zip(self._value_names, values, strict=True))
+
+    def _compiled_for(self, tensors: Sequence[Tensor], arguments: Sequence[Argument]) -> Callable[..., Any]:
         key = tuple((tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad) for tensor in tensors)
         if key not in self._compiled:
             self._compiled[key] = self._compile(arguments)
-        values: list[Tensor] = []
-        total = _HandOver.apply(self._compiled[key], values, *tensors)
-        return total, dict(zip(self._value_names, values, strict=True))
+        return self._compiled[key]
 
     def _compile(self, arguments: Sequence[Argument]) -> Callable[..., Any]:
         def with_gradient(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:

@@ -5,7 +5,7 @@
     python -m recipes.ppo enjoy --run_dir DIR --out agent.gif
 
 A step plays a rollout with the policy as it is, estimates advantages, and updates policy and value on it for some
-epochs. An interrupted run goes on in the middle of its episodes. `--compile true` compiles the gradient of the loss.
+epochs. An interrupted run goes on in the middle of its episodes. `--compile true` compiles an update.
 """
 
 import sys
@@ -26,7 +26,7 @@ from lightning_custom.action_distributions import ActionDistribution, action_dis
 from lightning_custom.animation import write_animation
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
-from lightning_custom.compiled_gradient import CompiledGradient
+from lightning_custom.compiled_update import CompiledUpdate
 from lightning_custom.config import RunConfig, read_config, require_at_least, with_run_dir
 from lightning_custom.distributed import mean_gradients_, share, sum_over_processes
 from lightning_custom.environments.batched import BatchedEnvironments
@@ -111,7 +111,7 @@ class PPOConfig(RunConfig):
     vectorised: bool = False
     """Step all environments by gymnasium's vector entry point, for many environments."""
     compile: bool = False
-    """Compile the gradient of the loss."""
+    """Compile an update."""
     threads: int | None = 1
     """CPU threads of each process: one is fastest for small networks."""
     greedy: bool = True
@@ -216,10 +216,11 @@ def train(
     metrics = MetricLogger(fabric, config.run_dir, hyperparameters=config, headline=["val/episodic_return"])
     state = PPOState(cast("nn.Module", agent), cast("Optimizer", optimizer), envs, normaliser, scaler, metrics)
 
-    forward, act = bare(fabric, state.agent), acting_network(fabric, cast("ActorCritic", unwrap(state.agent)).actor)
     loss: Callable[..., Any] = partial(ppo_loss, config, distribution)
-    compiled = CompiledGradient(lambda parameters, *batch: loss(partial(forward, parameters=parameters), *batch))
-    parameters = dict(unwrap(state.agent).named_parameters())
+    parameters, update = list(state.agent.parameters()), None
+    if config.compile:
+        update = CompiledUpdate(fabric, loss, state.agent, state.optimizer, max_norm=config.max_grad_norm)
+    forward, act = bare(fabric, state.agent), acting_network(fabric, cast("ActorCritic", unwrap(state.agent)).actor)
     lr = Linear(config.lr, 0.0, max(config.steps, 1)) if config.anneal_lr else Constant(config.lr)
     clip = Linear(config.clip, 0.0, max(config.steps, 1)) if config.anneal_clip else Constant(config.clip)
     own, rollout = slice(envs.indices.start, envs.indices.stop), Rollout(config.rollout_steps, normaliser)
@@ -253,15 +254,15 @@ def train(
             for _ in range(config.epochs):
                 order = torch.randperm(config.num_envs * config.rollout_steps, generator=rng.shared)
                 for minibatch in minibatches(fabric, config, batch, order):
+                    if update is not None:
+                        found.append(update(*minibatch, clip_range))  # the lines below, compiled
+                        continue
                     state.optimizer.zero_grad()
-                    if config.compile:
-                        total, values = compiled(parameters, *minibatch, clip_range)
-                    else:
-                        total, values = loss(forward, *minibatch, clip_range)
+                    total, values = loss(forward, *minibatch, clip_range)
                     fabric.backward(total)
                     mean_gradients_(fabric, state.agent)
                     if config.max_grad_norm:
-                        clip_norm_(parameters.values(), config.max_grad_norm)
+                        clip_norm_(parameters, config.max_grad_norm)
                     state.optimizer.step()
                     found.append(values)
                 if config.target_kl is not None and mean_kl(fabric, found[-config.minibatches :]) > config.target_kl:

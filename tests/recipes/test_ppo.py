@@ -18,7 +18,8 @@ from lightning_custom.metrics import read_rows
 from lightning_custom.numpy_network import to_tensors
 from lightning_custom.policies import actor_critic
 from lightning_custom.precision import unwrap
-from lightning_custom.testing import assert_resumes_exactly, single_process
+from lightning_custom.state import capture
+from lightning_custom.testing import assert_resumes_exactly, largest_difference, single_process
 from recipes import ppo
 
 B = 40
@@ -118,6 +119,22 @@ def test_compiled_gradient_is_the_eager_one(minibatch):
     found = torch.autograd.grad(total, list(parameters.values()))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_run_is_the_eager_one_and_resumes_exactly(tmp_path):
+    settings, make_env = config(compile=True, steps=6, precision="64-true"), MakeEnvironment("CartPole-v1")
+
+    def run(fabric, settings):
+        return ppo.train(fabric, settings, make_env=make_env)
+
+    assert_resumes_exactly(run, settings, stop_at=3, folder=tmp_path, precision="64-true")
+    compiled, eager = (
+        capture(run(single_process("64-true"), replace(settings, compile=is_on, run_dir=str(tmp_path / f"{is_on}"))))
+        for is_on in (True, False)
+    )
+    assert largest_difference(compiled, eager) <= 1e-9
 
 
 class Tick(gym.Env):
