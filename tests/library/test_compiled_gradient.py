@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import mse_loss
 
+from lightning_custom import compiled_gradient
 from lightning_custom.compiled_gradient import CompiledGradient
 from lightning_custom.errors import ConfigError
 
@@ -52,11 +53,11 @@ def recorded(monkeypatch):
     """The records that would be compiled: they are run as they are."""
     records = []
 
-    def keep(record):
+    def keep(record, examples):
         records.append(record)
         return record
 
-    monkeypatch.setattr(torch, "compile", keep)
+    monkeypatch.setattr(compiled_gradient, "compile_graph", keep)
     return records
 
 
@@ -168,13 +169,10 @@ def test_the_record_holds_second_order_and_not_the_first_alone(recorded):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of what it imports to compile
 def test_a_compiled_gradient_is_compiled_once_and_runs_no_python_of_the_function():
-    from torch._dynamo.utils import counters
     from torch._inductor import metrics
 
-    torch._dynamo.reset()
-    counters.clear()
     metrics.reset()
-    function = Counted()
+    function, kernels = Counted(), []
     compiled, learned = CompiledGradient(function), parameters()
     for seed in range(3):
         total, values = compiled(learned, *samples(seed))
@@ -183,6 +181,6 @@ def test_a_compiled_gradient_is_compiled_once_and_runs_no_python_of_the_function
         assert_close(values["loss"], expected, 1e-12)
         assert_close(torch.autograd.grad(total, list(learned.values())), gradients, 1e-12)
         assert function.calls == 1
-        assert counters["stats"]["unique_graphs"] == 1
-        assert not counters["graph_break"]
-        assert metrics.generated_kernel_count >= 1
+        kernels.append(metrics.generated_kernel_count)
+    assert kernels[0] >= 1
+    assert set(kernels) == {kernels[0]}

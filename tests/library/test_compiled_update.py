@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from torch.optim import SGD, Adam
 
+from lightning_custom import compiled_gradient
 from lightning_custom.compiled_update import CompiledUpdate
 from lightning_custom.distributed import mean_gradients_
 from lightning_custom.errors import ConfigError
@@ -53,7 +54,7 @@ def states(module, optimizer):
 @pytest.fixture
 def recorded(monkeypatch):
     """What would be compiled is run as it was recorded, which spares the compiler's half a minute."""
-    monkeypatch.setattr(torch, "compile", lambda record: record)
+    monkeypatch.setattr(compiled_gradient, "compile_graph", lambda record, examples: record)
 
 
 @pytest.mark.parametrize("max_norm", [0.0, MAX_NORM, 1e3])
@@ -120,7 +121,7 @@ def two_updates(fabric, share):
 
 
 def two_recorded_updates(fabric, share):
-    torch.compile = lambda record: record  # this process is for this test alone
+    compiled_gradient.compile_graph = lambda record, examples: record  # this process is for this test alone
     return two_updates(fabric, share)
 
 
