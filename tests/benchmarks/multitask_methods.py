@@ -1,7 +1,8 @@
 """Every method of ``recipes.multitask`` on one protocol: test accuracy by task, and Delta-m over the tasks alone.
 
     python -m tests.benchmarks.multitask_methods --out methods.jsonl                 # digits, 3 seeds
-    python -m tests.benchmarks.multitask_methods --preset multi-fashion --data_root DIR --seeds 1 --out fashion.jsonl
+    python -m tests.benchmarks.multitask_methods --preset multi-fashion --data_root DIR --steps 1200 --batch_size 64 \\
+        --rates 0.001 0.003 0.01 0.03 --out fashion.jsonl
 
     python -m tests.benchmarks.multitask_methods --times                             # milliseconds a step
 
@@ -13,6 +14,7 @@ are not repeated, so that it goes on where it was stopped. Prints a table.
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
@@ -31,8 +33,8 @@ from tests.benchmarks.interleave import interleave, machine, quiet, table
 
 RATES = (1e-3, 3e-3, 1e-2)
 ALONE = tuple(f"only {task}" for task in multitask.TASKS)
-# Static weights are what one sets them to.
-METHODS = (*ALONE, *(method for method in get_args(Method) if method != "static"))
+# Static weights are what one sets them to, and torchjd is any of a library's.
+METHODS = (*ALONE, *(method for method in get_args(Method) if method not in ("static", "torchjd")))
 
 
 def run(preset: str, method: str, seed: int, fields: dict[str, Any]) -> dict[str, Any]:
@@ -88,10 +90,10 @@ def times(preset: str, methods: list[str], fields: dict[str, Any], rounds: int =
     return table(f"{preset}, milliseconds a step, one thread", interleave(contenders, rounds))
 
 
-def tuned_rate(preset: str, fields: dict[str, Any], lines: "Lines") -> float:
-    """The rate of :data:`RATES` with which equal weighting validates best at seed 0."""
+def tuned_rate(preset: str, fields: dict[str, Any], lines: "Lines", rates: Sequence[float] = RATES) -> float:
+    """The one of ``rates`` with which equal weighting validates best at seed 0."""
     accuracy = {}
-    for lr in RATES:
+    for lr in rates:
         found = lines.get(preset, "equal", 0, {**fields, "lr": lr})
         accuracy[lr] = mean(found["val"].values())
     return max(accuracy, key=accuracy.__getitem__)
@@ -141,6 +143,8 @@ def main() -> None:
     parser.add_argument("--data_root")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates to search")
     parser.add_argument("--lr", type=float, help="leave out the search")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--out", type=Path)
@@ -153,8 +157,9 @@ def main() -> None:
     if words.out is None:
         parser.error("--out is needed")
     lines = Lines(words.out)
-    fields = {"data_root": words.data_root, **({} if words.steps is None else {"steps": words.steps})}
-    fields["lr"] = words.lr or tuned_rate(words.preset, fields, lines)
+    budget = {"steps": words.steps, "batch_size": words.batch_size}
+    fields = {"data_root": words.data_root, **{name: value for name, value in budget.items() if value is not None}}
+    fields["lr"] = words.lr or tuned_rate(words.preset, fields, lines, words.rates)
     found = {method: [] for method in dict.fromkeys((*ALONE, *words.methods))}
     for seed in range(words.seeds):
         for method in found:

@@ -1,4 +1,5 @@
 import itertools
+import sys
 import textwrap
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from lightning_custom.multitask.aggregators import (
     UPGrad,
 )
 from lightning_custom.multitask.gram import gram_matrix
+from lightning_custom.multitask.methods import make_method
 from lightning_custom.multitask.surgery import GradDrop, GradVac, PCGrad
 from lightning_custom.state import capture, mismatches, restore_
 
@@ -669,3 +671,45 @@ def test_graddrop_has_the_mean_of_torchjds():
     ours, _ = aggregate(GradDrop(), rows, rng())
     assert set(ours.tolist()) == set(theirs.tolist())
     assert abs(float(ours.mean() - theirs.mean())) < 5 * float(ours.std()) * (2 / 20000) ** 0.5
+
+
+@pytest.mark.parametrize("name, options", [("Krum", {"n_byzantine": 1, "n_selected": 2}), ("FairGrad", {"alpha": 1.0})])
+def test_the_adapter_gives_what_torchjd_gives(name, options):
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    rows = task_gradients(5, 10.0)
+    direction, weights = aggregate(make_method("torchjd", "abcde", {"name": name, **options}), rows, rng())
+    assert torch.equal(direction, getattr(aggregation, name)(**options)(rows))
+    assert weights is None
+
+
+def test_what_the_adapter_draws_is_of_the_generator_and_no_other_draw_moves():
+    pytest.importorskip("torchjd")
+    adapter, rows = make_method("torchjd", "abc", {"name": "Random"}), task_gradients(3)
+    before = torch.get_rng_state()
+    first, again, other = (aggregate(adapter, rows, rng(seed))[0] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"name": "NashMTL", "n_tasks": 3}, "NashMTL of torchjd has a state that it cannot save"),
+        ({"name": "GradVac"}, "GradVac of torchjd has a state"),
+        ({"name": "Nashville"}, "'Nashville' is no aggregator of torchjd"),
+        ({"name": "Krum"}, "missing 1 required positional argument: 'n_byzantine'"),
+        ({"name": "Krum", "n_byzantine": -1}, "n_byzantine must be non-negative"),
+        ({}, "missing 1 required positional argument: 'name'"),
+    ],
+)
+def test_what_torchjd_cannot_do_is_said_in_a_line(options, message):
+    pytest.importorskip("torchjd")
+    with pytest.raises(ConfigError, match=message):
+        make_method("torchjd", "abc", options)
+
+
+def test_without_torchjd_the_adapter_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchjd", None)
+    with pytest.raises(ConfigError, match=r"pip install 'lightning-custom\[torchjd\]'"):
+        make_method("torchjd", "abc", {"name": "Krum", "n_byzantine": 1})

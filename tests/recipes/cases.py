@@ -6,6 +6,7 @@ A recipe joins by a ``run`` function and a row in :data:`CASES`.
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import gymnasium as gym
@@ -336,6 +337,7 @@ def run_multitask(fabric: Fabric, config: multitask.MultitaskConfig) -> multitas
 MULTITASK_OPTIONS: dict[str, dict[str, Any]] = {
     "static": {"fixed": {"left": 1.0, "right": 0.5, "light": 2.0}},
     "dwa": {"window": 3},
+    "torchjd": {"name": "GradDrop"},  # draws at random
 }
 
 
@@ -612,7 +614,7 @@ CASES = [
             **{
                 method: {"method": method, "method_options": MULTITASK_OPTIONS.get(method)}
                 for method in get_args(Method)
-                if method != "gradvac"
+                if method != "gradvac" and (method != "torchjd" or find_spec("torchjd"))
             },
             "features": {"gradients": "features", "method": "mgda"},
             "features-gradvac-every-third": {"gradients": "features", "method": "gradvac", "aggregate_every": 3},

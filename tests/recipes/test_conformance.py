@@ -109,7 +109,23 @@ def test_every_precision_resumes_exactly_and_begins_with_the_losses_of_32_true(c
     assert {parameter.dtype for module in modules(state) for parameter in module.parameters()} == {dtype}
 
 
-# Two processes: one start of them for each precision serves all tests
+# Two processes: one start of them for each precision serves all tests that were chosen
+
+
+def chosen(request):
+    """The names of the variants, and of the cases, that the tests to be run are about."""
+    parameters = [item.callspec.params for item in request.session.items if request.fixturename in item.fixturenames]
+    cases = [found["case"].name for found in parameters if "case" in found]
+    variants = [found["name"] for found in parameters if "name" in found]
+    return [*dict.fromkeys(variants + [f"{name}-default" for name in cases])], [*dict.fromkeys(cases)]
+
+
+def of(names):
+    return {name: VARIANTS[name] for name in names}.items()
+
+
+def cases_of(names):
+    return [case for case in CASES if case.name in names]
 
 
 def modules(state):
@@ -124,41 +140,41 @@ def gradients(state):
     return [torch.cat(parts) for parts in found if parts]  # an average of weights has none
 
 
-def run_all(fabric, folder):
+def run_all(fabric, folder, variants):
     """The state that each variant ends with."""
     return {
         name: capture(case.run(fabric, dataclasses.replace(config, run_dir=str(Path(folder) / name))))
-        for name, (case, config) in VARIANTS.items()
+        for name, (case, config) in of(variants)
     }
 
 
-def run_without_averaging(fabric, folder):
+def run_without_averaging(fabric, folder, cases):
     found = {}
-    for case in CASES:
+    for case in cases_of(cases):
         config = dataclasses.replace(case.config, run_dir=str(Path(folder) / f"{case.name}-unaveraged"))
         with patch.object(importlib.import_module(case.module), "mean_gradients_", lambda *_: None):
             found[case.name] = capture(case.run(fabric, config))
     return found
 
 
-def first_gradients(fabric, folder):
+def first_gradients(fabric, folder, variants):
     found = {}
-    for name, (case, config) in VARIANTS.items():
+    for name, (case, config) in of(variants):
         config = dataclasses.replace(config, steps=1, run_dir=str(Path(folder) / f"{name}-first"))
         found[name] = gradients(case.run(fabric, config))
     return found
 
 
-def run_part_way(fabric, folder, stop_at):
-    for case in CASES:
+def run_part_way(fabric, folder, cases, stop_at):
+    for case in cases_of(cases):
         config = dataclasses.replace(case.config, run_dir=str(Path(folder) / case.name), stop_at=stop_at)
         assert case.run(fabric, config).step == stop_at
 
 
-def run_until_signalled(fabric, folder):
+def run_until_signalled(fabric, folder, cases):
     """One process alone gets a signal in step 5; where each stopped, and what each saved."""
     found = {}
-    for case in CASES:
+    for case in cases_of(cases):
         saves, due, save = [], Checkpointer.due, Checkpointer.save
 
         def due_after_signal(self, step, due=due):
@@ -182,26 +198,29 @@ def run_until_signalled(fabric, folder):
     return found
 
 
-def run_presets(fabric, folder):
+def run_presets(fabric, folder, cases):
     found = {}
-    for case in CASES:
+    for case in cases_of(cases):
         config = dataclasses.replace(case.preset, run_dir=str(Path(folder) / f"{case.name}-preset"))
         found[case.name] = capture(case.run(fabric, config))
     return found
 
 
-def in_float64(fabric, folder, divided):
+def in_float64(fabric, folder, divided, variants, cases):
     """All that two processes do in float64."""
-    run_part_way(fabric, divided, 17)
-    return {"all": run_all(fabric, folder), "unaveraged": run_without_averaging(fabric, folder)}
+    run_part_way(fabric, divided, cases, 17)
+    return {
+        "all": run_all(fabric, folder, variants),
+        "unaveraged": run_without_averaging(fabric, folder, cases),
+    }
 
 
-def in_float32(fabric, folder):
+def in_float32(fabric, folder, variants, cases):
     """All that two processes do in float32."""
     return {
-        "gradients": first_gradients(fabric, folder),
-        "presets": run_presets(fabric, folder),
-        "signalled": run_until_signalled(fabric, folder),
+        "gradients": first_gradients(fabric, folder, variants),
+        "presets": run_presets(fabric, folder, cases),
+        "signalled": run_until_signalled(fabric, folder, cases),
     }
 
 
@@ -214,27 +233,28 @@ class Results(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def float64(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("float64")
-    fabric = single_process("64-true")
-    one = {"all": run_all(fabric, folder / "one")}
-    run_part_way(fabric, folder / "divided", 7)
-    two = in_processes(in_float64, 2, str(folder / "two"), str(folder / "divided"), precision="64-true")
+def float64(request, tmp_path_factory):
+    folder, (variants, cases) = tmp_path_factory.mktemp("float64"), chosen(request)
+    fabric, divided = single_process("64-true"), folder / "divided"
+    one = {"all": run_all(fabric, folder / "one", variants)}
+    run_part_way(fabric, divided, cases, 7)
+    two = in_processes(in_float64, 2, str(folder / "two"), str(divided), variants, cases, precision="64-true")
     return Results(one, two, folder)
 
 
 @pytest.fixture(scope="module")
-def float32(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("float32")
+def float32(request, tmp_path_factory):
+    folder, (variants, cases) = tmp_path_factory.mktemp("float32"), chosen(request)
     fabric = single_process()
     one = {
-        "gradients": first_gradients(fabric, folder / "one"),
-        "presets": run_presets(fabric, folder / "one"),
+        "gradients": first_gradients(fabric, folder / "one", variants),
+        "presets": run_presets(fabric, folder / "one", cases),
     }
-    return Results(one, in_processes(in_float32, 2, str(folder / "two")), folder)
+    return Results(one, in_processes(in_float32, 2, str(folder / "two"), variants, cases), folder)
 
 
 @pytest.mark.distributed
+@pytest.mark.xdist_group("float64")
 @every_variant
 def test_two_processes_reach_the_state_of_one(float64, name):
     first, second = (part["all"][name] for part in float64.two)
@@ -243,6 +263,7 @@ def test_two_processes_reach_the_state_of_one(float64, name):
 
 
 @pytest.mark.distributed
+@pytest.mark.xdist_group("float64")
 @every_case
 def test_two_processes_differ_from_one_without_the_averaging_line(float64, case):
     first, second = (part["unaveraged"][case.name] for part in float64.two)
@@ -251,6 +272,7 @@ def test_two_processes_differ_from_one_without_the_averaging_line(float64, case)
 
 
 @pytest.mark.distributed
+@pytest.mark.xdist_group("float64")
 @every_case
 def test_a_run_divided_over_one_then_two_then_one_process_equals_that_of_one(float64, case):
     run_dir = float64.folder / "divided" / case.name
@@ -273,6 +295,7 @@ def is_rate(tag):
 
 
 @pytest.mark.distributed
+@pytest.mark.xdist_group("float32")
 @every_variant
 def test_first_gradient_of_two_processes_is_that_of_one_in_float32(float32, name):
     expected, (first, second) = float32.one["gradients"][name], (part["gradients"][name] for part in float32.two)
@@ -283,6 +306,7 @@ def test_first_gradient_of_two_processes_is_that_of_one_in_float32(float32, name
 
 
 @pytest.mark.distributed
+@pytest.mark.xdist_group("float32")
 @every_case
 def test_two_processes_reach_the_default_presets_state_of_one_in_float32(float32, case):
     one, (two, _) = float32.one["presets"][case.name], (part["presets"][case.name] for part in float32.two)
@@ -290,6 +314,7 @@ def test_two_processes_reach_the_default_presets_state_of_one_in_float32(float32
 
 
 @pytest.mark.distributed
+@pytest.mark.xdist_group("float32")
 @every_case
 def test_a_signal_to_one_of_two_processes_saves_once_and_stops_both_after_the_same_step(float32, case):
     # Sent in step 5, agreed on after it, read after the next.
