@@ -41,6 +41,8 @@ RUNS = {
 PPO_STEP = 8 * 32
 """Environment steps of a step of the recipe's default."""
 SAMPLE_STEPS = (100, 300, 1000, 5000)
+ROWS, GAP = 3, 5
+"""Of the samples, and pixels between two."""
 INK, GREEN, ORANGE, BLUE = "#818b98", "#1a9e77", "#e0701b", "#3a86d6"
 """Legible on white and on black."""
 MIDDLE = LinearSegmentedColormap.from_list("conflict", [ORANGE, "#f4f4f2", BLUE])
@@ -59,9 +61,14 @@ def draw_samples(axis: Axes, run_dir: Path, step: int) -> None:
     events.Reload()
     (shown,) = (event for event in events.Images("samples") if event.step == step)
     picture = np.asarray(Image.open(io.BytesIO(shown.encoded_image_string)))
-    axis.imshow(picture[: picture.shape[0] // 2], cmap="gray", interpolation="nearest")
+    side = picture.shape[1] // 10
+    apart = np.full((ROWS * (side + GAP) - GAP, 10 * (side + GAP) - GAP), np.nan)
+    for row, column in np.ndindex(ROWS, 10):
+        tile = picture[row * side : (row + 1) * side, column * side : (column + 1) * side]
+        apart[row * (side + GAP) :, column * (side + GAP) :][:side, :side] = tile
+    axis.imshow(apart, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axis.set_axis_off()
-    axis.set_title(f"step {step:,}", fontsize=9)
+    axis.set_title(f"step {step:,}", fontsize=8)
 
 
 def draw_sines(axis: Axes, run_dir: Path) -> None:
@@ -70,10 +77,10 @@ def draw_sines(axis: Axes, run_dir: Path) -> None:
     x = torch.linspace(-5, 5, 200).unsqueeze(1)
     points = torch.tensor([-4.3, -3.6, -2.4, -1.6, -0.4, 0.5, 1.7, 2.6, 3.4, 4.6]).unsqueeze(1)
     axis.plot(x, wave(x), color=INK, linewidth=4, alpha=0.45, label="the new wave")
-    for steps, colour in ((0, ORANGE), (1, BLUE), (10, GREEN)):
+    for steps, label, colour in ((0, "before", ORANGE), (1, "after 1 step", BLUE), (10, "after 10 steps", GREEN)):
         adapted = maml.adapt(model, (points, wave(points)), **settings, steps=steps)
         with torch.no_grad():
-            axis.plot(x, adapted(x), color=colour, linewidth=1.8, label=f"after {steps} steps" if steps else "before")
+            axis.plot(x, adapted(x), color=colour, linewidth=1.8, label=label)
     axis.plot(points, wave(points), "o", color=INK, markersize=5)
     axis.set_ylim(-4.5, 6.5)
     axis.legend(frameon=False, fontsize=8, loc="upper center", ncols=2, labelcolor=INK)
@@ -96,8 +103,8 @@ class IsDigit(nn.Linear):
 
 
 def task_cosines(run_dir: Path) -> Tensor:
-    """Cosines ``[10, 10]`` of the trunk's gradients of ten tasks, which digit it is one by one, after training."""
-    config = multitask.MultitaskConfig(steps=150, accelerator="cpu", validate_every=0, run_dir=str(run_dir))
+    """Cosines ``[10, 10]`` of the trunk's gradients of ten tasks, is it a 0, is it a 1 and so on, on a batch."""
+    config = multitask.MultitaskConfig(steps=100, accelerator="cpu", validate_every=0, run_dir=str(run_dir))
     data = digits()
     torch.manual_seed(config.seed)
     trunk = multitask.LeNetTrunk(1, 8, width=config.width, kernel=3, padding=1)
@@ -110,7 +117,7 @@ def task_cosines(run_dir: Path) -> Tensor:
     )  # fmt: skip
     rows = []
     for digit, head in enumerate(heads.values()):
-        total = binary_cross_entropy_with_logits(head(trunk(data.images)), targets[:, digit])
+        total = binary_cross_entropy_with_logits(head(trunk(data.images[:64])), targets[:64, digit])
         gradients = torch.autograd.grad(total, list(trunk.parameters()))
         rows.append(torch.cat([gradient.flatten() for gradient in gradients]).double())
     jacobian = torch.stack(rows)
@@ -138,6 +145,7 @@ def draw_returns(axis: Axes, run_dirs: list[Path]) -> None:
     axis.axhline(500, color=INK, linewidth=0.8, linestyle=":")
     axis.set_ylim(0, 530)
     axis.set_xlabel("environment steps", fontsize=8)
+    axis.set_xticks([0, 50_000, 100_000], ["0", "50,000", "100,000"])
 
 
 def style(axis: Axes, title: str) -> None:
@@ -153,9 +161,9 @@ def draw(folder: Path, out: Path) -> None:
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     pyplot.rcParams.update(dict.fromkeys(inked, INK))
     figure = pyplot.figure(figsize=(10, 5.4), layout="constrained", facecolor="none")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.9))
-    for part, title in ((upper, "GAN: digits drawn on the way, a column a class"),):
-        part.suptitle(title, fontsize=10, fontweight="bold")
+    figure.get_layout_engine().set(wspace=0.05)
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 2.2))
+    upper.suptitle("GAN: digits drawn on the way, a column a class", fontsize=9)
     for axis, step in zip(upper.subplots(1, len(SAMPLE_STEPS)), SAMPLE_STEPS, strict=True):
         draw_samples(axis, folder / "gan", step)
     sines, tasks, returns = lower.subplots(1, 3)
