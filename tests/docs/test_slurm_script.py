@@ -65,15 +65,16 @@ def signal_tasks_once_there_are_rows(folder, number):
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(600)
 def test_a_job_that_is_told_to_stop_saves_requeues_itself_and_ends_complete(cluster):
     folder, _ = cluster
     job = submit(cluster, "recipes.classification", "--steps", "100000", "--schedule", "constant", *FLAGS)
     signal_tasks_once_there_are_rows(folder, signal.SIGUSR1)
-    assert job.wait(120) == 0
+    assert job.wait(250) == 0
     stopped = status(folder)
     assert (stopped["state"], stopped["signal"]) == ("stopped", signal.SIGUSR1)
     assert (folder / "requeued").read_text() == "requeue 4711\n"
-    assert submit(cluster, "recipes.classification", "--steps", str(stopped["step"] + 20), *FLAGS).wait(120) == 0
+    assert submit(cluster, "recipes.classification", "--steps", str(stopped["step"] + 20), *FLAGS).wait(250) == 0
     complete = status(folder)
     assert (complete["state"], complete["step"]) == ("complete", stopped["step"] + 20)
     assert (folder / "requeued").read_text() == "requeue 4711\n"
