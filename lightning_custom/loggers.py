@@ -81,10 +81,13 @@ def end_logger(logger: Any, status: str) -> None:
         finish(exit_code=0 if status == "success" else 1)
 
 
+def _ids(run_dir: Path) -> dict[str, str]:
+    return json.loads((run_dir / IDS).read_text()) if (run_dir / IDS).exists() else {}
+
+
 def _remembered(run_dir: Path, name: str) -> str | None:
-    ids: dict[str, str] = json.loads((run_dir / IDS).read_text()) if (run_dir / IDS).exists() else {}
-    return ids.get(name)
+    return _ids(run_dir).get(name)
 
 
 def _remember(run_dir: Path, name: str, known: str) -> None:
-    write_atomically(run_dir / IDS, json.dumps({name: known}) + "\n")
+    write_atomically(run_dir / IDS, json.dumps({**_ids(run_dir), name: known}) + "\n")

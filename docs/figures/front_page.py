@@ -1,6 +1,6 @@
 """The picture of the front page: samples, adapted sines, task conflict and returns, each from runs of the recipes.
 
-    python docs/figures/front_page.py --runs runs/front-page        # about two minutes; writes front-page.png
+    python docs/figures/front_page.py --runs runs/front-page        # trains five runs; writes front-page.png
 
 Runs that are complete are not trained again. The picture is transparent, with colours for light and dark pages.
 """

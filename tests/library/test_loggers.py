@@ -153,6 +153,8 @@ def test_a_server_knows_a_run_by_the_id_that_its_directory_holds(tmp_path):
     assert loggers._remembered(tmp_path, "wandb") == "abc"
     assert json.loads((tmp_path / loggers.IDS).read_text()) == {"wandb": "abc"}
     assert loggers._remembered(tmp_path, "mlflow") is None
+    loggers._remember(tmp_path, "mlflow", "def")
+    assert loggers._remembered(tmp_path, "wandb") == "abc"
 
 
 def started_here(fabric, config):
