@@ -64,6 +64,7 @@ class Checkpointer:
         self._best_value: float | None = None
         self._steps_fixed = steps_fixed
         self._guard: FiniteGuard | None = None
+        self._state: Any = None
         self._run = Run(config)
         self._is_first = fabric.global_rank == 0
         self._step = 0
@@ -111,7 +112,7 @@ class Checkpointer:
             self._restore_precision(stored)
             self._warn_of_another_machine(manifest)
             first_process(self._fabric, self._run.store_config)
-        self._step = state.step
+        self._step, self._state = state.step, state
         self._check_stop_at()
         if self._config.replay_step is not None:
             self._guard = FiniteGuard(states.modules(state))
@@ -306,6 +307,7 @@ class Checkpointer:
         finally:
             self._stopper.close()
             self._run.close()
+            _end_parts(self._state, "success" if kind is None else "failed")
 
     def _complete(self, error: NonFiniteError) -> None:
         error.step = error.step if error.step is not None else self._step + 1
@@ -342,6 +344,12 @@ def _resume_parts(state: Any, step: int | None) -> None:
     for part in states.components(state).values():
         if hasattr(part, "resume_at"):
             part.resume_at(step)
+
+
+def _end_parts(state: Any, status: str) -> None:
+    for part in () if state is None else states.components(state).values():
+        if hasattr(part, "end_run"):
+            part.end_run(status)
 
 
 def _fresh_folder(folder: Path) -> None:

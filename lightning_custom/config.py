@@ -42,6 +42,8 @@ class RunConfig:
     """Steps between two checkpoints; 0: only at the end or when stopped."""
     keep: int = 2
     """Newest checkpoints to keep, beside the best."""
+    logger: str | None = None
+    """A logger beside TensorBoard: csv, wandb, mlflow, or MODULE.FUNCTION that makes one of the run's directory."""
     accelerator: str = "auto"
     """cpu, cuda, mps, or auto."""
     devices: int | None = None
@@ -79,7 +81,7 @@ INVOCATION_FIELDS = frozenset({"run_dir", "resume", "stop_at", "max_time", "repl
 """What belongs to one start of the program and not to the run: never stored."""
 
 CHANGEABLE_FIELDS = INVOCATION_FIELDS | {
-    "log_every", "validate_every", "checkpoint_every", "keep",
+    "log_every", "validate_every", "checkpoint_every", "keep", "logger",
     "accelerator", "devices", "num_nodes", "strategy", "precision", "threads", "deterministic",
     "data_root", "num_workers", "watch_every", "compile",
 }  # fmt: skip

@@ -5,8 +5,10 @@ import json
 import math
 import os
 import time
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from lightning_custom.events import (
     layout_values,
     scalar_value,
 )
+from lightning_custom.loggers import end_logger, find_logger
 from lightning_custom.storage import fsync_file
 
 ROWS = "metrics.jsonl"
@@ -41,8 +44,9 @@ class MetricLogger:
     Process 0 writes; the others only add their part. As part of a state it resumes to the bit: open sums are in the
     checkpoint, rows and events past the restored step are cut. ``hyperparameters`` (a config or a mapping) and the
     tags in ``headline`` fill TensorBoard's HPARAMS tab, ``layout`` its Custom Scalars: charts by title, with the tags
-    (regular expressions) that each shows. Rows also go to the loggers that Fabric was given, if any, which cannot be
-    cut: after a resume they get the rows past the restored step again.
+    (regular expressions) that each shows. Rows also go to the logger that a config names in its field ``logger``
+    (:mod:`~lightning_custom.loggers`) and to those that Fabric was given. These cannot be cut: after a resume they get
+    the rows past the restored step again.
     """
 
     def __init__(
@@ -62,6 +66,12 @@ class MetricLogger:
             if dataclasses.is_dataclass(hyperparameters) and not isinstance(hyperparameters, type)
             else hyperparameters
         )
+        is_replay = getattr(hyperparameters, "replay_step", None) is not None
+        name = None if run_dir is None or is_replay else getattr(hyperparameters, "logger", None)
+        # Looked for on every process: an error of process 0 alone would leave the others waiting.
+        self._make_logger = None if name is None else find_logger(name)
+        self._logger: Any = None
+        self._logger_is_used = False
         self._headline = tuple(headline)
         self._layout = dict(layout or {})
         self._sums: dict[str, Tensor] = {}
@@ -154,6 +164,9 @@ class MetricLogger:
         self.latest.update(row)
         for logger in self._fabric.loggers:
             logger.log_metrics(dict(row), step)
+        if self._logger is not None:
+            self._logger.log_metrics(dict(row), step)
+            self._logger_is_used = True
         if self._events is None or self._folder is None:
             return
         self._events.write(step, [scalar_value(tag, value) for tag, value in row.items()])
@@ -190,6 +203,22 @@ class MetricLogger:
             self._events.write(0, hyperparameter_values(self._hyperparameters, self._headline))
         if step is None and self._layout:
             self._events.write(0, layout_values(self._layout))
+        if self._make_logger is not None:
+            self._logger, self._logger_is_used = self._make_logger(self._folder), False
+            if step is None and self._hyperparameters:
+                with suppress(NotImplementedError):  # Fabric's CSVLogger
+                    self._logger.log_hyperparams(dict(self._hyperparameters))
+                self._logger_is_used = True
+
+    def end_run(self, status: str) -> None:
+        """Close the logger that the config names, if any; ``status`` is success or failed."""
+        logger, self._logger = self._logger, None
+        if logger is None or not self._logger_is_used:
+            return
+        try:
+            end_logger(logger, status)
+        except Exception as error:  # a server that is away; the run itself is saved
+            warnings.warn(f"logger: could not be closed: {error}", stacklevel=2)
 
     def item_state_dict(self) -> dict[str, Any]:
         """The open sums of this process."""

@@ -213,7 +213,17 @@ def train(
     optimizer = Adam(agent.parameters(), config.lr, eps=config.adam_eps, fused=True)
     agent, optimizer = fabric.setup(agent, optimizer)
     normaliser, scaler = normalisers(fabric, config, envs)
-    metrics = MetricLogger(fabric, config.run_dir, hyperparameters=config, headline=["val/episodic_return"])
+    metrics = MetricLogger(
+        fabric,
+        config.run_dir,
+        hyperparameters=config,
+        headline=["val/episodic_return"],
+        layout={
+            "return": ["val/episodic_return$", "charts/episodic_return$"],
+            "losses": ["losses/(policy|value)_loss"],
+            "how far an update goes": ["losses/(approx_kl|clipfrac)"],
+        },
+    )
     state = PPOState(cast("nn.Module", agent), cast("Optimizer", optimizer), envs, normaliser, scaler, metrics)
 
     loss: Callable[..., Any] = partial(ppo_loss, config, distribution)

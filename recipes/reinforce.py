@@ -136,7 +136,17 @@ def train(
     agent = agent if agent is not None else networks(config, space.observation_space, distribution)
     # A larger epsilon than Adam's own, so that a gradient which cancels to rounding is not blown up.
     agent, optimizer = fabric.setup(agent, Adam(agent.parameters(), config.lr, eps=1e-5, fused=True))
-    metrics = MetricLogger(fabric, config.run_dir, hyperparameters=config, headline=["val/episodic_return"])
+    metrics = MetricLogger(
+        fabric,
+        config.run_dir,
+        hyperparameters=config,
+        headline=["val/episodic_return"],
+        layout={
+            "return": ["val/episodic_return$", "charts/episodic_return$"],
+            "losses": ["losses/(policy|value)_loss"],
+            "entropy": ["losses/entropy"],
+        },
+    )
     state = ReinforceState(cast("nn.Module", agent), cast("Optimizer", optimizer), metrics)
     forward, act = bare(fabric, state.agent), acting_network(fabric, cast("ActorCritic", unwrap(state.agent)).actor)
     own = np.array_split(np.arange(config.episodes), fabric.world_size)[fabric.global_rank].tolist()

@@ -195,7 +195,17 @@ def train(
         model=model,
         optimizer=cast("Optimizer", fabric.setup_optimizers((optimizer or SGD)(model.parameters()))),
         batches=None,
-        metrics=MetricLogger(fabric, config.run_dir, hyperparameters=config, headline=["val/loss"]),
+        metrics=MetricLogger(
+            fabric,
+            config.run_dir,
+            hyperparameters=config,
+            headline=["val/loss"],
+            layout={
+                "held-out tasks": ["val/(loss|accuracy)$"],
+                "after each inner step": ["val/loss_after/"],
+                "training": ["loss/(first|last)"],
+            },
+        ),
     )
     if not callable(tasks):
         state.batches = Batches(fabric, tasks, batch_size=config.meta_batch_size, seed=config.seed)

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -49,6 +51,18 @@ def python(wheel, tmp_path_factory):
     dependencies = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     (own / "dependencies.pth").write_text("\n".join(dependencies))
     return python
+
+
+def test_the_lower_bounds_are_those_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["export"], *extras["test"]]
+    bounds = {match[1]: match[2] for text in wanted if (match := re.match(r"([\w-]+)(?:\[[^]]*\])?>=([\d.]+)", text))}
+    lines = (ROOT / ".ci" / "lower-bounds.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert "torch" in bounds
+    for name, bound in bounds.items():
+        assert f"{pinned[name]}.".startswith(f"{bound}."), name
 
 
 @pytest.mark.slow

@@ -154,7 +154,9 @@ def check_command(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatc
     elif words[:3] == ["python", "-m", "build"]:
         assert words[3:] in ([], ["--wheel"])
     elif words[:2] == ["python", "-m"]:
-        assert (ROOT / f"{words[2].replace('.', '/')}.py").exists(), f"{shlex.join(words)}: no {words[2]}"
+        module = ROOT / words[2].replace(".", "/")
+        found = module.with_suffix(".py").exists() or (module / "__main__.py").exists()
+        assert found, f"{shlex.join(words)}: no {words[2]}"
     elif words[0] == "python":
         assert (ROOT / words[1]).exists(), f"{shlex.join(words)}: no {words[1]}"
     elif "/" in words[0]:

@@ -32,7 +32,7 @@ def test_equal_machines_do_not_differ():
 
 
 @pytest.mark.parametrize(
-    "name, value", [("torch", "2.0"), ("threads", 64), ("cuda", "12.4"), ("processes", 8), ("cpu_capability", "AVX2")]
+    "name, value", [("torch", "2.0"), ("threads", 64), ("cuda", "12.4"), ("processes", 8), ("cpu_capability", "VSX")]
 )
 def test_a_difference_is_named_with_both_sides(name, value):
     live = machine_facts(single_process(), RunConfig())
