@@ -52,7 +52,7 @@ from lightning_custom.run import CONFIG
 class AdversarialTrainingConfig(RunConfig):
     """Settings of the loop, and of the data and network that the command line builds."""
 
-    steps: int = 1000
+    steps: int = 400
     """Optimizer updates, each after an attack on its batch."""
     validate_every: int = 100
     """Steps between two validations; 0: only at the end."""
@@ -66,13 +66,13 @@ class AdversarialTrainingConfig(RunConfig):
     """Weight of that divergence in trades and mart."""
     norm: Norm = "linf"
     """Norm of the perturbation."""
-    eps: float = 0.15
+    eps: float = 0.1
     """Its largest norm, pixels being in [0, 1]."""
     eps_warmup: int = 0
     """Steps over which eps grows from 0 in training."""
-    attack_steps: int = 10
+    attack_steps: int = 7
     """Gradient steps of the attack in training; 0: none, standard training."""
-    step_size: float = 0.25
+    step_size: float = 0.35
     """Length of each, as a share of eps; 1.25 with a single step is FGSM with a random start."""
     val_attack_steps: int = 20
     """Gradient steps of the attack at validation, from one random start."""
@@ -80,7 +80,7 @@ class AdversarialTrainingConfig(RunConfig):
     """Gradient steps of the attack on the test set."""
     test_restarts: int = 10
     """Random starts of the attack on the test set."""
-    test_queries: int = 1000
+    test_queries: int = 500
     """Queries of the search without gradients on the test set; 0: no search."""
     batch_size: int = 64
     """Samples of an update, over all processes."""
@@ -110,7 +110,7 @@ class AdversarialTrainingConfig(RunConfig):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {},
-    "digits-l2": {"norm": "l2", "eps": 0.8},
+    "digits-l2": {"norm": "l2", "eps": 0.5},
     "digits-fgsm": {"attack_steps": 1, "step_size": 1.25},
     "fashion-mnist": {
         "data": "fashion-mnist", "eps": 0.1, "steps": 2000, "batch_size": 128, "validate_every": 500,

@@ -11,7 +11,7 @@ from lightning_custom.metrics import read_rows
 from lightning_custom.testing import single_process
 from tests.recipes.cases import CASES
 
-LAID_OUT = {"classification", "gan", "maml", "multitask"}
+LAID_OUT = {"adversarial_training", "classification", "gan", "maml", "multitask"}
 
 
 def charts(run_dir):
