@@ -70,7 +70,9 @@ def test_the_attack_raises_the_loss_that_training_lowers(loss):
     ball, draw = Ball("linf", 0.2), torch.Generator().manual_seed(0)
     perturbed = recipe.attacked(fabric, config, classify, inputs, labels, ball, draw)
     noise = ball.project(inputs, inputs + ball.start(tuple(inputs.shape), draw))
-    losses = [float(recipe.outer_loss(config, classify, inputs, points, labels)[0]) for points in (noise, perturbed)]
+    losses = [
+        float(recipe.outer_loss(config, classify, inputs, points, labels)[0].detach()) for points in (noise, perturbed)
+    ]
     assert losses[1] > losses[0] + 1e-3
 
 
@@ -121,7 +123,7 @@ def test_robust_accuracy_at_eps_zero_is_the_clean_one_and_never_above_it(tmp_pat
     state = run(CONFIG, tmp_path, eps=0.0)
     assert state.metrics.latest["val/robust_accuracy"] == state.metrics.latest["val/accuracy"]
     attacked = run(CONFIG, tmp_path / "other", eps=0.3).metrics.latest
-    assert attacked["val/robust_accuracy"] < attacked["val/accuracy"]
+    assert attacked["val/robust_accuracy"] <= attacked["val/accuracy"]
 
 
 def test_inputs_outside_the_box_are_refused(tmp_path):
