@@ -76,8 +76,7 @@ def pgd(
 
     Madry et al. 2018, section 2.1.
     ``step_size`` is in the units of ``ball.eps``. One step of it from ``start`` none is FGSM (Goodfellow et al. 2015);
-    from a random start and with 1.25 eps that of Wong et al. 2020. Only the inputs are differentiated: freeze the
-    model's parameters around the call, or its backward passes compute what nobody uses.
+    from a random start and with 1.25 eps that of Wong et al. 2020. Only the inputs are differentiated.
     """
     points = inputs if start is None else ball.project(inputs, inputs + start)
     for _ in range(steps):
