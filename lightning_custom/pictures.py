@@ -1,7 +1,7 @@
 """Pictures of samples, counts and curves."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,24 @@ def image_grid(images: Tensor, columns: int, *, scale: int = 1, padding: int = 1
         top, left = padding + row * (height + padding), padding + column * (width + padding)
         grid[:, top : top + height, left : left + width] = image
     return grid
+
+
+def captioned(images: Tensor, captions: Sequence[str], *, scale: int = 1) -> Tensor:
+    """Pictures ``[N, C, H, W]`` of ``[N, C, h, w]`` images in [0, 1], each pixel ``scale`` wide, with words below.
+
+    >>> captioned(torch.zeros(2, 1, 8, 8), ["cat", "dog"], scale=4).shape
+    torch.Size([2, 1, 46, 32])
+    """
+    from PIL import Image, ImageDraw
+
+    images = images.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+    count, channels, _, width = images.shape
+    words = images.new_zeros(count, 1, 14, width)
+    for i, caption in enumerate(captions):
+        strip = Image.new("L", (width, 14))
+        ImageDraw.Draw(strip).text((width / 2, 7), caption, fill=255, anchor="mm")
+        words[i, 0] = torch.frombuffer(bytearray(strip.tobytes()), dtype=torch.uint8).view(14, width) / 255
+    return torch.cat([images, words.expand(-1, channels, -1, -1)], dim=2)
 
 
 def matrix_picture(matrix: Tensor, *, cell: int = 40) -> Tensor:

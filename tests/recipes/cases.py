@@ -29,7 +29,20 @@ from lightning_custom.multitask.weighting import Weighting
 from lightning_custom.networks import ConvClassifier, LeNetTrunk, mlp_head
 from lightning_custom.task_norm import BatchStatisticsNorm
 from lightning_custom.tasks import FewShot, Sinusoids
-from recipes import classification, dqn, gan, imaml, maml, maml_plus_plus, multitask, ppo, reinforce, reptile, sac
+from recipes import (
+    adversarial_training,
+    classification,
+    dqn,
+    gan,
+    imaml,
+    maml,
+    maml_plus_plus,
+    multitask,
+    ppo,
+    reinforce,
+    reptile,
+    sac,
+)
 from tests.library.tiny_environments import Mixed
 
 
@@ -118,6 +131,21 @@ def run_classification(
         num_classes=num_classes,
         loss={"composite-loss": two_losses, "loss-and-optimizer": margin}.get(own),
         optimizer=SignMomentum if own == "loss-and-optimizer" else None,
+    )
+
+
+def run_adversarial_training(
+    fabric: Fabric, config: adversarial_training.AdversarialTrainingConfig
+) -> adversarial_training.AdversarialTrainingState:
+    data, _, _ = adversarial_training.load_data(config)
+    size = 11 * config.batch_size + 2
+    return adversarial_training.train(
+        fabric,
+        config,
+        model=adversarial_training.network(config, data),
+        dataset=TensorDataset(data.images[:size], data.labels[:size]),
+        num_classes=data.num_classes,
+        val_data=TensorDataset(data.images[-43:], data.labels[-43:]),
     )
 
 
@@ -485,6 +513,24 @@ CASES = [
             "watched": {"watch_every": 5},
         },
         preset=classification.ClassificationConfig(**classification.PRESETS["digits"] | {"steps": 30}),
+    ),
+    Case(
+        name="adversarial_training",
+        module="recipes.adversarial_training",
+        run=run_adversarial_training,
+        config=adversarial_training.AdversarialTrainingConfig(
+            **{"steps": 30, "log_every": 4, "validate_every": 10, "checkpoint_every": 8, "batch_size": 8, "width": 8},
+            **{"attack_steps": 2, "step_size": 0.7, "val_attack_steps": 2, "schedule": "constant"},
+        ),
+        variants={
+            "l2": {"norm": "l2", "eps": 0.5},
+            "trades": {"loss": "trades"},
+            "trades-l2-one-cycle": {"loss": "trades", "norm": "l2", "eps": 0.5, "schedule": "one_cycle"},
+            "mart": {"loss": "mart"},
+            "fgsm-with-warmup": {"attack_steps": 1, "step_size": 1.25, "eps_warmup": 20},
+            "standard": {"attack_steps": 0},
+        },
+        preset=adversarial_training.AdversarialTrainingConfig(**adversarial_training.PRESETS["digits"] | {"steps": 30}),
     ),
     Case(
         name="maml",

@@ -17,7 +17,20 @@ from lightning_custom.metrics import read_rows
 from lightning_custom.networks import ConvClassifier
 from lightning_custom.tasks import Sinusoids
 from lightning_custom.testing import single_process
-from recipes import classification, dqn, gan, imaml, maml, maml_plus_plus, multitask, ppo, reinforce, reptile, sac
+from recipes import (
+    adversarial_training,
+    classification,
+    dqn,
+    gan,
+    imaml,
+    maml,
+    maml_plus_plus,
+    multitask,
+    ppo,
+    reinforce,
+    reptile,
+    sac,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 STEPS = 20
@@ -38,6 +51,18 @@ def train_classification(fabric, run_dir):
     model = ConvClassifier(1, 8, data.num_classes, config.width)
     classification.train(
         fabric, config, model=model, train_data=data.dataset(), val_data=val.dataset(), num_classes=data.num_classes
+    )
+    return config
+
+
+def train_adversarial_training(fabric, run_dir):
+    config = adversarial_training.AdversarialTrainingConfig(
+        run_dir=str(run_dir), stop_at=STEPS, log_every=1, accelerator="cpu"
+    )
+    data, val, _ = adversarial_training.load_data(config)
+    model, num_classes = adversarial_training.network(config, data), data.num_classes
+    adversarial_training.train(
+        fabric, config, model=model, dataset=data.dataset(), num_classes=num_classes, val_data=val.dataset()
     )
     return config
 
@@ -109,6 +134,7 @@ def train_reinforce(fabric, run_dir):
 RECIPES = {
     "gan": train_gan,
     "classification": train_classification,
+    "adversarial_training": train_adversarial_training,
     "maml": train_maml,
     "maml_plus_plus": train_maml_plus_plus,
     "reptile": train_reptile,

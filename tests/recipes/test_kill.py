@@ -25,6 +25,10 @@ RECIPES = {
     "classification": (
         *("--batch_size", 8, "--sam", 0.05, "--mixup", 0.2, "--average", "ema", "--schedule", "constant"),
     ),
+    "adversarial_training": (
+        *("--batch_size", 8, "--attack_steps", 2, "--val_attack_steps", 2, "--schedule", "constant"),
+        *("--test_attack_steps", 2, "--test_restarts", 1, "--test_queries", 0),
+    ),
     "maml": (
         *("--meta_batch_size", 5, "--shots", 3, "--val_tasks", 4, "--test_tasks", 4, "--learn_inner_lr", "true"),
         *("--inner_optimizer", "momentum", "--inner_steps", 2),

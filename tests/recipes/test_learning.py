@@ -9,7 +9,7 @@ from lightning_custom.extractor import fit_extractor
 from lightning_custom.generation import GenerationScores
 from lightning_custom.metrics import read_rows
 from lightning_custom.testing import single_process
-from recipes import classification, gan, maml, multitask
+from recipes import adversarial_training, classification, gan, maml, multitask
 
 
 def final_scores(config):
@@ -77,3 +77,16 @@ def test_multitask_reads_both_digits_of_unseen_pairs(tmp_path, capsys):
     left, right, mean = re.findall(r"(?:left|right|mean) ([\d.]+)%", capsys.readouterr().out)
     assert min(float(left), float(right)) >= 95
     assert float(mean) >= 96
+
+
+@pytest.mark.slow
+def test_adversarial_training_holds_under_attack_where_standard_training_falls(tmp_path, capsys):
+    fields = {"accelerator": "cpu", "test_restarts": 2, "test_queries": 0, "validate_every": 200}
+    for name, steps in (("madry", 7), ("standard", 0)):
+        config = adversarial_training.AdversarialTrainingConfig
+        adversarial_training.main(config(attack_steps=steps, run_dir=str(tmp_path / name), **fields))
+    found = re.findall(r"test accuracy ([\d.]+)% .*: ([\d.]+)%", capsys.readouterr().out)
+    (clean, robust), (_, standard) = [tuple(map(float, pair)) for pair in found]
+    assert clean >= 97.5
+    assert robust >= 78
+    assert standard <= 60

@@ -1,0 +1,155 @@
+"""The outer losses against their papers' formulas, the order of the two loops, and the command line's verb."""
+
+import dataclasses
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from lightning_custom.attacks import Ball
+from lightning_custom.errors import ConfigError
+from lightning_custom.metrics import read_rows
+from lightning_custom.precision import bare
+from lightning_custom.testing import single_process
+from recipes import adversarial_training as recipe
+
+CONFIG = recipe.AdversarialTrainingConfig(
+    steps=4, log_every=1, validate_every=2, checkpoint_every=2, batch_size=8, width=8, schedule="constant",
+    attack_steps=3, val_attack_steps=2, test_attack_steps=2, test_restarts=1, test_queries=2, accelerator="cpu",
+)  # fmt: skip
+
+
+def probabilities(logits):
+    return np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+
+
+@pytest.fixture
+def logits():
+    draw = torch.Generator().manual_seed(0)
+    clean, perturbed = (torch.randn(6, 4, generator=draw, dtype=torch.float64) for _ in range(2))
+    return clean, perturbed, torch.tensor([0, 1, 2, 3, 0, 1])
+
+
+def found_loss(loss, logits, beta=3.0):
+    clean, perturbed, labels = logits
+    config = dataclasses.replace(CONFIG, loss=loss, beta=beta)
+    value, returned = recipe.outer_loss(config, nn.Identity(), clean, perturbed, labels)
+    assert torch.equal(returned, perturbed)
+    return float(value)
+
+
+def test_the_losses_are_those_of_the_papers(logits):
+    clean, perturbed, labels = (part.numpy() for part in logits)
+    p, q, rows = probabilities(clean), probabilities(perturbed), np.arange(6)
+    apart = (p * np.log(p / q)).sum(1)
+    assert found_loss("madry", logits) == pytest.approx(-np.log(q[rows, labels]).mean())
+    trades = -np.log(p[rows, labels]).mean() + 3 * apart.mean()
+    assert found_loss("trades", logits) == pytest.approx(trades)
+    others = q.copy()
+    others[rows, labels] = 0
+    boosted = -np.log(q[rows, labels]) - np.log(1 - others.max(1))
+    mart = (boosted + 3 * apart * (1 - p[rows, labels])).mean()
+    assert found_loss("mart", logits) == pytest.approx(mart, rel=1e-3)  # 1e-4 keeps the logarithm finite
+
+
+def test_trades_without_weight_is_the_clean_loss_and_its_attack_leaves_a_zero_divergence(logits):
+    clean, _, labels = logits
+    assert found_loss("trades", logits, beta=0.0) == pytest.approx(found_loss("madry", (clean, clean, labels)))
+
+
+@pytest.mark.parametrize("loss", ["madry", "trades", "mart"])
+def test_the_attack_raises_the_loss_that_training_lowers(loss):
+    fabric, config = single_process(), dataclasses.replace(CONFIG, loss=loss, beta=6.0, attack_steps=10)
+    data, _, _ = recipe.load_data(config)
+    classify = bare(fabric, fabric.setup_module(recipe.network(config, data)))
+    inputs, labels = data.images[:32], data.labels[:32]
+    ball, draw = Ball("linf", 0.2), torch.Generator().manual_seed(0)
+    perturbed = recipe.attacked(fabric, config, classify, inputs, labels, ball, draw)
+    noise = ball.project(inputs, inputs + ball.start(tuple(inputs.shape), draw))
+    losses = [
+        float(recipe.outer_loss(config, classify, inputs, points, labels)[0].detach()) for points in (noise, perturbed)
+    ]
+    assert losses[1] > losses[0] + 1e-3
+
+
+def run(config, folder, **fields):
+    data, val, _ = recipe.load_data(config)
+    config = dataclasses.replace(config, run_dir=str(folder), **fields)
+    return recipe.train(
+        single_process(), config, model=recipe.network(config, data), dataset=data.dataset(), num_classes=10,
+        val_data=val.dataset(),
+    )  # fmt: skip
+
+
+def test_eps_grows_over_the_warmup_and_no_perturbation_is_larger(tmp_path):
+    seen, original = [], recipe.outer_loss
+
+    def watched(config, classify, inputs, perturbed, labels):
+        seen.append(float((perturbed - inputs).abs().max()))
+        return original(config, classify, inputs, perturbed, labels)
+
+    with patch.object(recipe, "outer_loss", watched):
+        run(CONFIG, tmp_path, eps_warmup=4)
+    bounds = [CONFIG.eps * (step + 1) / 4 for step in range(4)]
+    assert seen == pytest.approx(bounds, abs=1e-6)
+    assert [row["eps"] for row in read_rows(tmp_path) if "eps" in row] == pytest.approx(bounds)
+
+
+class WithNormalisation(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 10))
+        self.modes = []
+
+    def forward(self, inputs):
+        self.modes.append((self.training, torch.is_grad_enabled()))
+        return self.layers(inputs)
+
+
+def test_the_attack_sees_the_model_in_evaluation_mode_and_batch_statistics_are_counted_once_a_step(tmp_path):
+    data, _, _ = recipe.load_data(CONFIG)
+    model = WithNormalisation()
+    config = dataclasses.replace(CONFIG, run_dir=str(tmp_path))
+    recipe.train(single_process(), config, model=model, dataset=data.dataset(), num_classes=10)
+    assert model.modes == ([(False, True)] * 3 + [(True, True)]) * 4
+    assert int(model.layers[1].num_batches_tracked) == 4
+
+
+def test_robust_accuracy_at_eps_zero_is_the_clean_one_and_never_above_it(tmp_path):
+    state = run(CONFIG, tmp_path, eps=0.0)
+    assert state.metrics.latest["val/robust_accuracy"] == state.metrics.latest["val/accuracy"]
+    attacked = run(CONFIG, tmp_path / "other", eps=0.3).metrics.latest
+    assert attacked["val/robust_accuracy"] <= attacked["val/accuracy"]
+
+
+def test_inputs_outside_the_box_are_refused(tmp_path):
+    data = TensorDataset(torch.full((8, 1, 8, 8), -1.0), torch.zeros(8, dtype=torch.int64))
+    with pytest.raises(ConfigError, match=r"from -1 to -1; scale them to \[0, 1\]"):
+        recipe.train(single_process(), CONFIG, model=nn.Linear(1, 1), dataset=data, num_classes=10)
+
+
+@pytest.mark.parametrize("fields", [{"eps": -0.1}, {"width": 12}, {"val_attack_steps": 0}, {"test_restarts": 0}])
+def test_a_wrong_setting_is_named(fields):
+    with pytest.raises(ConfigError, match=next(iter(fields))):
+        recipe.AdversarialTrainingConfig(**fields)
+
+
+def test_the_verb_draws_the_best_checkpoints_samples_under_attack(tmp_path, capsys):
+    config = dataclasses.replace(CONFIG, run_dir=str(tmp_path / "run"))
+    recipe.main(config)
+    out = capsys.readouterr().out
+    assert "under PGD-2 from 1 starts, linf eps 0.1:" in out
+    assert "under 2 queries" in out
+    recipe.attack(recipe.AttackConfig(run_dir=config.run_dir, count=3, out=str(tmp_path / "a.png"), attack_steps=2))
+    assert "3 samples, " in capsys.readouterr().out
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (3 * 65 + 1, 3 * (64 + 14 + 1) + 1)
+        pixels = np.asarray(picture.convert("L"))
+    tenfold = pixels[2 * 79 + 1 : 2 * 79 + 65, 1:65] / 255
+    assert abs(tenfold - 0.5).max() > 0.4  # 0.1 tenfold is 1, cut at 0.5 around grey
+    with pytest.raises(ConfigError, match="holds no run"):
+        recipe.attack(recipe.AttackConfig(run_dir=str(tmp_path / "none")))
