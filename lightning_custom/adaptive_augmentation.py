@@ -72,35 +72,42 @@ class _Changes:
 
     def _happens(self, value: Tensor, neutral: float = 0.0, p: Tensor | None = None) -> Tensor:
         happens = self._draws.uniform() < (self._p if p is None else p)
-        return torch.where(happens, value, neutral).to(self._like)
+        return torch.where(happens, value, neutral)
 
+    # Functions of these are computed in the images' precision: their last bit depends on how many there are.
     def _uniform(self) -> Tensor:
-        return 2 * self._draws.uniform() - 1
+        return (2 * self._draws.uniform() - 1).to(self._like)
+
+    def _normal(self) -> Tensor:
+        return self._draws.normal().to(self._like)
+
+    def _integer(self, below: int) -> Tensor:
+        return self._draws.integers(0, below - 1).to(self._like)
 
     def blit(self, placement: Tensor) -> Tensor:
-        mirrored = self._happens((self._draws.uniform() * 2).floor())
+        mirrored = self._happens(self._integer(2))
         placement = placement @ _matrix([[1 - 2 * mirrored, 0, 0], [0, 1, 0], [0, 0, 1]])
-        turns = self._happens((self._draws.uniform() * 4).floor()).long()
+        turns = self._happens(self._integer(4)).long()
         # Exact, where a cosine of half a turn would not be.
         cos, sin = (turns.new_tensor(values).to(self._like)[turns] for values in ([1, 0, -1, 0], [0, 1, 0, -1]))
         placement = placement @ _matrix([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
         right, down = (self._uniform() * side / 8 for side in (self._width, self._height))
         moves = self._draws.uniform() < self._p
-        right, down = (torch.where(moves, by.round(), 0.0).to(self._like) for by in (right, down))
+        right, down = (torch.where(moves, by.round(), 0.0) for by in (right, down))
         return placement @ _matrix([[1, 0, right], [0, 1, down], [0, 0, 1]])
 
     def geometry(self, placement: Tensor) -> Tensor:
-        size = self._happens(torch.exp2(0.2 * self._draws.normal()), 1.0)
+        size = self._happens(torch.exp2(0.2 * self._normal()), 1.0)
         placement = placement @ _matrix([[1 / size, 0, 0], [0, 1 / size, 0], [0, 0, 1]])
         # Two rotations, of which one happens with probability p.
         p_rotation = 1 - (1 - self._p).clamp_min(0).sqrt()
         placement = placement @ self._rotation(p_rotation)
-        stretch = self._happens(torch.exp2(0.2 * self._draws.normal()), 1.0)
+        stretch = self._happens(torch.exp2(0.2 * self._normal()), 1.0)
         placement = placement @ _matrix([[1 / stretch, 0, 0], [0, stretch, 0], [0, 0, 1]])
         placement = placement @ self._rotation(p_rotation)
-        right, down = (self._draws.normal() * side / 8 for side in (self._width, self._height))
+        right, down = (self._normal() * side / 8 for side in (self._width, self._height))
         moves = self._draws.uniform() < self._p
-        right, down = (torch.where(moves, by, 0.0).to(self._like) for by in (right, down))
+        right, down = (torch.where(moves, by, 0.0) for by in (right, down))
         return placement @ _matrix([[1, 0, right], [0, 1, down], [0, 0, 1]])
 
     def _rotation(self, p: Tensor) -> Tensor:
@@ -113,17 +120,17 @@ class _Changes:
         whole = torch.eye(4, dtype=self._like.dtype, device=self._like.device)
         grey = torch.zeros_like(whole)
         grey[:3, :3] = 1 / 3  # projects on the grey axis
-        add = self._happens(0.2 * self._draws.normal())
+        add = self._happens(0.2 * self._normal())
         color = _matrix([[1, 0, 0, add], [0, 1, 0, add], [0, 0, 1, add], [0, 0, 0, 1]])
-        times = self._happens(torch.exp2(0.5 * self._draws.normal()), 1.0)
+        times = self._happens(torch.exp2(0.5 * self._normal()), 1.0)
         color = _matrix([[times, 0, 0, 0], [0, times, 0, 0], [0, 0, times, 0], [0, 0, 0, 1]]) @ color
-        negative = self._happens((self._draws.uniform() * 2).floor())
+        negative = self._happens(self._integer(2))
         color = (whole - 2 * grey * negative[:, None, None]) @ color
         if self._channels == 1:
             return color
         angle = self._happens(math.pi * self._uniform())
         color = _hue(angle) @ color
-        saturation = self._happens(torch.exp2(self._draws.normal()), 1.0)
+        saturation = self._happens(torch.exp2(self._normal()), 1.0)
         return (grey + (whole - grey) * saturation[:, None, None]) @ color
 
 
