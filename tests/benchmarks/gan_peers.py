@@ -7,7 +7,7 @@ default memory layout. Lightning's Trainer does the same in ``training_step`` by
 checkpoints or a progress bar. Of torchgan and mimicry the steps of their own losses and networks are called
 (``train_ops``, ``train_step``), without the Trainers around them, which would add. Both are read from the search path
 (``pip install --no-deps torchgan torch-mimicry``) and left out where they are not there; empty modules stand in for
-torchvision, scikit-image and tensorflow, which they import for data sets, pictures and scores alone.
+torchvision and scikit-image, which they import for data sets and pictures alone. mimicry also wants TensorFlow.
 """
 
 import dataclasses
@@ -209,8 +209,8 @@ def mimicry_step(config: GANConfig) -> Step:
 
 
 def without_pictures() -> None:
-    """Let what others import for pictures and scores be empty where it is not installed."""
-    for name in ("torchvision", "skimage", "tensorflow"):
+    """Let what others import for pictures be empty where it is not installed."""
+    for name in ("torchvision", "skimage"):
         try:
             __import__(name)
         except ImportError:
