@@ -292,19 +292,16 @@ def penalty_forms(config: GANConfig, rounds: int = ROUNDS) -> list[Result]:
     )
 
 
-def report(rounds: int = ROUNDS) -> str:
-    """All comparisons as tables."""
-    return "\n".join(
-        [
-            table("DCGAN 32x32, width 32, batch 64, no penalty", alternations(rounds)),
-            table("the same with r3, R1 and R2", penalised(rounds)),
-            table("R1 and R2 alone, with their backward pass, DCGAN", penalty_forms(PENALISED, rounds)),
-            table("the same, fully connected, width 128, 8x8", penalty_forms(SMALL, rounds)),
-        ]
-    )
+def report(rounds: int = ROUNDS) -> Iterator[str]:
+    """All comparisons as tables, one after another."""
+    yield table("DCGAN 32x32, width 32, batch 64, no penalty", alternations(rounds))
+    yield table("the same with r3, R1 and R2", penalised(rounds))
+    yield table("R1 and R2 alone, with their backward pass, DCGAN", penalty_forms(PENALISED, rounds))
+    yield table("the same, fully connected, width 128, 8x8", penalty_forms(SMALL, rounds))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(report())
+    for part in report():
+        print(part, flush=True)
     print(machine())
