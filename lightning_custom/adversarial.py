@@ -11,8 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu, softplus
+from torch.nn.utils import parametrizations
 
 from lightning_custom.distributed import global_mean
+from lightning_custom.errors import ConfigError
 from lightning_custom.precision import unwrap
 
 
@@ -23,6 +25,8 @@ class AdversarialLoss(NamedTuple):
     generator: Callable[[Tensor | None, Tensor], Tensor]
     generator_sees_real: bool = False
     """Whether the generator's loss needs ``real_logits``; where not, they may be None."""
+    is_decided_at_zero: bool = False
+    """Whether a logit above zero says real; where not, only differences or other values of logits mean something."""
 
 
 def _logistic(real: Tensor, fake: Tensor) -> Tensor:
@@ -46,10 +50,13 @@ out, or Adam amplifies the rounding of that zero.
 nonsaturating = AdversarialLoss(
     discriminator=_logistic,
     generator=lambda real, fake: softplus(-fake).mean(),
+    is_decided_at_zero=True,
 )
 """Non-saturating logistic loss (Goodfellow et al. 2014, section 3)."""
 
-saturating = AdversarialLoss(discriminator=_logistic, generator=lambda real, fake: -softplus(fake).mean())
+saturating = AdversarialLoss(
+    discriminator=_logistic, generator=lambda real, fake: -softplus(fake).mean(), is_decided_at_zero=True
+)
 """The minimax game itself (Goodfellow et al. 2014, eq. 1).
 
 The generator's gradient vanishes where the discriminator is sure of itself: it is here to compare with.
@@ -58,6 +65,7 @@ The generator's gradient vanishes where the discriminator is sure of itself: it 
 hinge = AdversarialLoss(
     discriminator=lambda real, fake: relu(1 - real).mean() + relu(1 + fake).mean(),
     generator=lambda real, fake: -fake.mean(),
+    is_decided_at_zero=True,
 )
 """Hinge loss (Lim and Ye 2017; Miyato et al. 2018, eq. 16 and 17)."""
 
@@ -146,6 +154,24 @@ def lazy_adam(lr: float, betas: tuple[float, float], every: int) -> tuple[float,
         return lr, betas
     c = every / (every + 1)
     return c * lr, (betas[0] ** c, betas[1] ** c)
+
+
+def spectrally_normalised(module: nn.Module) -> nn.Module:
+    """``module``, whose linear and convolutional weights are from now on divided by their largest singular value.
+
+    Miyato et al. 2018, by torch's parametrization: every forward pass in training mode, with or without a gradient,
+    first makes one power iteration, whose vectors are buffers and so in the checkpoint; the passes of penalties, of
+    parts of a batch and of the generator's phase count too. It reads the weights alone, so that processes agree.
+    Gradients of gradients go through the division. In evaluation mode, as in an average of weights, the vectors stay.
+    :class:`ConfigError` for a weight of zeros, which has no direction. Do it before ``fabric.setup``.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
+            if not layer.weight.any():
+                raise ConfigError(f"spectral_norm: {name}.weight is all zeros, which has no norm; leave it out")
+            dim = 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
+            parametrizations.spectral_norm(layer, dim=dim)
+    return module
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 
 from lightning_custom.distributed import take_share
 from lightning_custom.errors import ConfigError
+from lightning_custom.parts import WHOLE, Part
 
 POLICIES = ("color", "translation", "cutout")
 """The parts of :func:`diff_augment`, in the order in which they are done."""
@@ -40,6 +41,7 @@ def diff_augment(
     generator: torch.Generator,
     *,
     batches: int = 1,
+    part: Part = WHOLE,
     strength: float = 1.0,
 ) -> Tensor:
     """Images ``[B, C, H, W]`` in [-1, 1], each changed by the parts of ``policy``, differentiably.
@@ -52,8 +54,8 @@ def diff_augment(
     - ``cutout``: a rectangle of half of each side, about any pixel, becomes 0.
 
     What moves in is 0. ``strength`` multiplies the widths of all these ranges: 0 changes nothing. ``images`` are
-    ``batches`` of this process's equal parts of a global batch, one behind the other; ``generator`` is the step's
-    shared one. :class:`ConfigError` for an unknown part, or for samples that are not images.
+    ``batches`` of this process's equal shares of a global batch, one behind the other, or of a ``part`` of each;
+    ``generator`` is the step's shared one. :class:`ConfigError` for an unknown policy, or samples that are no images.
     """
     if not policy:
         return images
@@ -61,33 +63,51 @@ def diff_augment(
         raise ConfigError(f"augment: {', '.join(unknown)} is unknown; choose among {', '.join(POLICIES)}")
     if images.dim() != 4:
         raise ConfigError(f"augment: samples of shape {tuple(images.shape)} are no images [B, C, H, W]; leave it out")
-    everywhere = (len(images) // batches * fabric.world_size, batches)
-
-    def drawn(*numbers: Tensor) -> list[Tensor]:
-        return [take_share(each, fabric).transpose(0, 1).flatten() for each in numbers]
-
-    def uniform() -> Tensor:
-        return torch.rand(everywhere, generator=generator) * 2 - 1
-
-    def integers(low: int, high: int) -> Tensor:
-        return torch.randint(low, high + 1, everywhere, generator=generator)
-
+    draws = Draws(fabric, len(images), generator, batches=batches, part=part)
     if "color" in policy:
-        factors = drawn(uniform(), uniform(), uniform())
+        factors = [2 * draws.uniform() - 1 for _ in range(3)]
         images = _recoloured(images, *(strength * factor.to(images.dtype) for factor in factors))
     if "translation" in policy:
         rows, columns = (int(strength * side / 8 + 0.5) for side in images.shape[2:])
-        down, right = drawn(integers(0, 2 * rows), integers(0, 2 * columns))
+        down, right = draws.integers(0, 2 * rows), draws.integers(0, 2 * columns)
         images = _moved(images, down, right, (rows, columns), 0.0)
     if "cutout" in policy:
         sizes = [int(strength * side / 2 + 0.5) for side in images.shape[2:]]
         # An even rectangle has no middle pixel: one place more makes up for it.
         ends = [side - size % 2 for side, size in zip(images.shape[2:], sizes, strict=True)]
-        down, right = drawn(*(integers(0, end) for end in ends))
+        down, right = (draws.integers(0, end) for end in ends)
         inside_rows = _within(down - sizes[0] // 2, sizes[0], images.shape[2])
         inside_columns = _within(right - sizes[1] // 2, sizes[1], images.shape[3])
         images = images.masked_fill((inside_rows[:, :, None] & inside_columns[:, None, :]).unsqueeze(1), 0.0)
     return images.contiguous()
+
+
+class Draws:
+    """Numbers ``[B]`` for samples, drawn for all of the global batch, then cut by process and by part.
+
+    ``size`` is that of what this process has: ``batches`` batches, one behind the other, of the same part.
+    """
+
+    def __init__(
+        self, fabric: Fabric, size: int, generator: torch.Generator, *, batches: int = 1, part: Part = WHOLE
+    ) -> None:
+        self._fabric, self._generator, self._part = fabric, generator, part
+        self._everywhere = (size // batches * part.count * fabric.world_size, batches)
+
+    def _own(self, numbers: Tensor) -> Tensor:
+        return self._part.of(take_share(numbers, self._fabric)).transpose(0, 1).flatten()
+
+    def uniform(self) -> Tensor:
+        """In [0, 1)."""
+        return self._own(torch.rand(self._everywhere, generator=self._generator))
+
+    def normal(self) -> Tensor:
+        """Of mean 0 and deviation 1."""
+        return self._own(torch.randn(self._everywhere, generator=self._generator))
+
+    def integers(self, low: int, high: int) -> Tensor:
+        """From ``low`` to ``high``, both included."""
+        return self._own(torch.randint(low, high + 1, self._everywhere, generator=self._generator))
 
 
 def _moved(images: Tensor, down: Tensor, right: Tensor, most: tuple[int, int], background: float) -> Tensor:

@@ -117,12 +117,15 @@ def _square(shape: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def with_label(features: Tensor, label: Tensor | None, num_classes: int) -> Tensor:
-    """``[B, F]`` with the one-hot label behind it: ``[B, F + num_classes]``."""
+    """``[B, F, ...]`` with the one-hot label behind it, everywhere in an image: ``[B, F + num_classes, ...]``."""
     if num_classes == 0:
         return features
     if label is None:
         raise ValueError(f"label: none, but the network was made for {num_classes} classes; pass labels")
-    return torch.cat([features, one_hot(label, num_classes).to(features.dtype)], dim=1)
+    code = one_hot(label, num_classes).to(features.dtype)
+    if features.dim() > 2:
+        code = code.view(*code.shape, *(1 for _ in features.shape[2:])).expand(-1, -1, *features.shape[2:])
+    return torch.cat([features, code], dim=1)
 
 
 class ConvClassifier(nn.Module):

@@ -11,28 +11,28 @@ To expect of the default: FID about that of one half of the real images against 
 of the samples recognised as the class asked for. Nothing here compiles: the penalty differentiates a gradient.
 """
 
-import math
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
+from torch.nn.functional import cross_entropy
 from torch.optim import Adam, Optimizer
 
+from lightning_custom import schedules
+from lightning_custom.adaptive_augmentation import AdaptiveProbability, adaptive_augment
 from lightning_custom.adversarial import (
     LOSSES,
+    AdversarialLoss,
     frozen,
-    interpolated,
     lazy_adam,
-    norm_penalty,
-    squared_gradient_norms,
+    spectrally_normalised,
 )
 from lightning_custom.augmentation import diff_augment
 from lightning_custom.checkpoint import Checkpointer, load_module
@@ -43,17 +43,19 @@ from lightning_custom.datasets import Images, digits, fashion_mnist
 from lightning_custom.distributed import mean_gradients_, take_share
 from lightning_custom.ema import EMA
 from lightning_custom.errors import ConfigError
-from lightning_custom.events import png_bytes
 from lightning_custom.extractor import fit_extractor
 from lightning_custom.generation import GenerationScores
+from lightning_custom.image_networks import discriminator_network, generator_network
 from lightning_custom.launch import launch
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import MetricLogger
-from lightning_custom.networks import ConvDiscriminator, ConvGenerator, MLPDiscriminator, MLPGenerator
+from lightning_custom.parts import Part, parts, require_parts
+from lightning_custom.penalties import Judge, Verdict, penalties
 from lightning_custom.pictures import image_grid
 from lightning_custom.precision import Bare, bare
 from lightning_custom.progress import Progress
 from lightning_custom.run import CHECKPOINTS, CONFIG
+from lightning_custom.sampling import SampleConfig, sampler, write_samples
 from lightning_custom.storage import saved_steps
 
 Scores = Callable[[Callable[[Tensor, Tensor], Tensor]], dict[str, float]]
@@ -65,7 +67,8 @@ class GANConfig(RunConfig):
     """Settings of the loop, and of the data and networks that the command line builds."""
 
     steps: int = 5000
-    """Steps, of ``d_steps`` discriminator and ``g_steps`` generator updates each."""
+    """Steps, of ``d_steps`` discriminator and ``g_steps`` generator updates each; schedules without their own length
+    read it."""
     log_every: int = 100
     """Steps between two rows of metrics."""
     validate_every: int = 1000
@@ -90,12 +93,29 @@ class GANConfig(RunConfig):
     """Discriminator updates to one update on the penalties alone; 1: they share every update of the loss."""
     augment: tuple[Literal["color", "translation", "cutout"], ...] = ()
     """Parts of DiffAugment, done to all that the discriminator sees; the paper has all three."""
+    ada: tuple[Literal["blit", "geometry", "color"], ...] = ()
+    """Categories of adaptive augmentation (ADA), done to all that the discriminator sees; the paper has all three."""
+    ada_target: float = 0.6
+    """Mean of sign(D(real)) that ADA steers its probability to."""
+    ada_every: int = 4
+    """Discriminator updates between two changes of ADA's probability."""
+    ada_images: float = 500_000.0
+    """Real samples in which ADA's probability can go from 0 to 1; 0: it stays at ada_start."""
+    ada_start: float = 0.0
+    """ADA's probability at first."""
     batch_size: int = 64
     """Real samples of a discriminator update, over all processes."""
+    accumulate: int = 1
+    """Parts of each batch, one after another on the device, whose gradients are added up."""
     latent_size: int = 32
     """Normal numbers that the generator gets for each sample."""
     num_classes: int = 10
-    """Classes that both networks are conditioned on; 0: unconditional."""
+    """Classes that the networks are conditioned on; 0: unconditional."""
+    conditioning: Literal["auto", "concatenation", "projection", "none"] = "auto"
+    """How the discriminator is told the class; auto: none with an auxiliary classifier, else concatenation for mlp and
+    projection for the others."""
+    auxiliary: float = 0.0
+    """Weight of an auxiliary classifier's cross-entropy in both networks' losses (AC-GAN), 1 in the paper; 0: none."""
     d_steps: int = 1
     """Discriminator updates in each step."""
     g_steps: int = 1
@@ -104,6 +124,14 @@ class GANConfig(RunConfig):
     """Learning rate of the generator (Adam)."""
     d_lr: float = 1e-3
     """Learning rate of the discriminator (Adam)."""
+    g_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the generator's learning rate."""
+    d_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the discriminator's learning rate."""
+    decay_steps: int | None = None
+    """Steps until linear and cosine schedules are at 0; none: ``steps``, which a resumed run may then not change."""
+    warmup_steps: int = 0
+    """First steps, over which both learning rates rise from 0."""
     g_betas: tuple[float, float] = (0.0, 0.99)
     """Adam's betas for the generator."""
     d_betas: tuple[float, float] = (0.0, 0.99)
@@ -118,10 +146,14 @@ class GANConfig(RunConfig):
     """Data set: digits comes with scikit-learn, fashion-mnist is read from data_root."""
     data_root: str | None = None
     """Directory that holds FashionMNIST/raw."""
-    network: Literal["mlp", "conv"] = "mlp"
-    """Networks: fully connected, or convolutional without normalisation."""
+    network: Literal["mlp", "conv", "dcgan", "residual"] = "mlp"
+    """Networks without normalisation: fully connected; two convolutions; as in DCGAN; with R3GAN's residual blocks."""
     width: int = 128
-    """Units of a hidden layer (mlp), or channels (conv)."""
+    """Units of a hidden layer (mlp), or channels at the side of the image."""
+    spectral_norm: bool = False
+    """Divide the discriminator's weights by their largest singular value."""
+    channels_last: bool = False
+    """Lay out the convolutional networks' weights and features with channels innermost."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,6 +162,9 @@ class GANConfig(RunConfig):
         )
         require_at_least(self, {"r1": 0, "r2": 0, "g_lr": 0, "d_lr": 0, "ema_half_life": 0, "ema_ramp": 0})
         require_at_least(self, {"gp": 0, "dragan": 0, "dragan_std": 0, "bcr": 0, "penalty_every": 1})
+        require_at_least(self, {"ada_target": -1, "ada_every": 1, "ada_images": 0, "ada_start": 0, "auxiliary": 0})
+        require_at_least(self, {"accumulate": 1, "decay_steps": 1, "warmup_steps": 0})
+        self._check_combinations()
         if self.penalty_every > 1 and not (self.r1 or self.r2 or self.gp or self.dragan or self.bcr):
             raise ConfigError(
                 f"penalty_every: {self.penalty_every}, but no penalty has a weight; set r1, or leave it 1"
@@ -137,6 +172,22 @@ class GANConfig(RunConfig):
         for name in ("g_betas", "d_betas"):
             if not all(0 <= beta < 1 for beta in getattr(self, name)):
                 raise ConfigError(f"{name}: {getattr(self, name)}; each must be at least 0 and below 1")
+
+    def _check_combinations(self) -> None:
+        """Refuse what says nothing together."""
+        if self.ada and self.ada_images and not LOSSES[self.loss].is_decided_at_zero:
+            raise ConfigError(
+                f"ada: the sign of a logit means nothing to {self.loss}; choose nonsaturating, saturating or hinge, or "
+                "keep the probability at --ada_start with --ada_images 0"
+            )
+        if self.auxiliary and (self.conditioning == "concatenation" or self.num_classes == 0):
+            told = "is told the class already" if self.num_classes else "has no classes to tell apart"
+            raise ConfigError(f"auxiliary: {self.auxiliary}, but the discriminator {told}; set auxiliary to 0")
+        if self.accumulate > 1 and self.loss == "relativistic-average":
+            raise ConfigError(
+                f"accumulate: {self.accumulate}, but relativistic-average needs the mean logit of the whole batch; "
+                "choose another loss, or set accumulate to 1"
+            )
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -158,6 +209,7 @@ class GANState:
     average: EMA
     g_optimizer: Optimizer
     d_optimizer: Optimizer
+    ada: AdaptiveProbability
     batches: Batches
     metrics: MetricLogger
     step: int = 0
@@ -176,16 +228,18 @@ def train(
     """Train ``generator(latent, label) -> image`` against ``discriminator(image, label) -> logit``.
 
     ``dataset`` yields (image, label) pairs, map-style, or batches of them. With ``num_classes=0`` the networks get no
-    label and the dataset yields images alone, or tuples that begin with one.
+    label and the dataset yields images alone, or tuples that begin with one. With an auxiliary classifier the
+    discriminator gives ``(logit, class logits)``.
     """
-    config, loss = with_run_dir(fabric, config), LOSSES[config.loss]
+    config, loss, (g_rate, d_rate) = with_run_dir(fabric, config), LOSSES[config.loss], learning_rates(config)
+    require_parts(fabric, config.batch_size, config.accumulate)
     g_optimizer = Adam(generator.parameters(), config.g_lr, config.g_betas, fused=True)
     d_lr, d_betas = lazy_adam(config.d_lr, config.d_betas, config.penalty_every)
     d_optimizer = Adam(discriminator.parameters(), d_lr, d_betas, fused=True)
     generator, g_optimizer = fabric.setup(generator, g_optimizer)
     discriminator, d_optimizer = fabric.setup(discriminator, d_optimizer)
-    generate, discriminate = bare(fabric, generator), bare(fabric, discriminator)
-    judge = partial(judged, fabric, config, discriminate)
+    ada = adaptive_probability(fabric, config)
+    generate, judge = bare(fabric, generator), partial(judged, fabric, config, bare(fabric, discriminator), ada)
     average = EMA(generator, half_life=config.ema_half_life, ramp=config.ema_ramp)
     batches = Batches(fabric, dataset, batch_size=config.batch_size, seed=config.seed)
     metrics = MetricLogger(
@@ -198,10 +252,10 @@ def train(
             "losses": ["loss/discriminator", "loss/generator", "loss/penalty"],
         },
     )
-    state = GANState(generator, discriminator, average, g_optimizer, d_optimizer, batches, metrics)
+    state = GANState(generator, discriminator, average, g_optimizer, d_optimizer, ada, batches, metrics)
 
     with (
-        Checkpointer(fabric, config, best="val/fid") as checkpointer,
+        Checkpointer(fabric, config, best="val/fid", steps_fixed=reads_steps(config)) as checkpointer,
         Progress(fabric, config.steps) as progress,
     ):
         checkpointer.restore(state)
@@ -209,53 +263,66 @@ def train(
         while state.step < config.steps:
             rng = seed_step(config.seed, state.step, fabric)
             losses: dict[str, Tensor] = {}
+            schedules.set_learning_rate(g_optimizer, g_rate, state.step)
+            schedules.set_learning_rate(d_optimizer, d_rate, state.step)
 
             for d_step in range(config.d_steps):
                 # Discriminator: raise D(real), lower D(fake), keep its gradient at both small.
-                real, *label = images_and_labels(next(batches), config, fabric)
-                latent = draw_latents(fabric, config, rng.shared)
-                with torch.set_grad_enabled(d_step == config.d_steps - 1):  # the last fakes serve the generator too
-                    fake = generate(latent, *label)
-                samples = torch.cat([real, fake.detach()]).requires_grad_()
-                logits = judge(samples, label, rng.shared)
-                losses["loss/discriminator"] = d_loss = loss.discriminator(*logits.chunk(2))
-                if config.penalty_every == 1:
-                    penalty = penalties(fabric, config, judge, samples, logits, label, rng.shared)
-                    losses["loss/penalty"], d_loss = penalty, d_loss + penalty
+                batch = images_and_labels(next(batches), config, fabric)
+                latents = draw_latents(fabric, config, rng.shared)
+                seen: list[tuple[Tensor, list[Tensor]]] = []
+                # The last fakes serve the generator too, unless they are drawn part by part to save memory.
+                is_shared = config.accumulate == 1 and d_step == config.d_steps - 1
                 d_optimizer.zero_grad()
-                fabric.backward(d_loss)
+                for part in parts(config.accumulate, rng.shared):
+                    latent, real, *label = (part.of(tensor) for tensor in (latents, *batch))
+                    with torch.set_grad_enabled(is_shared):
+                        fake = generate(latent, *label)
+                    samples = torch.cat([real, fake.detach()]).requires_grad_()
+                    verdict = judge(samples, label, rng.shared, part)
+                    named = discriminator_losses(config, loss, verdict, label)
+                    if config.penalty_every == 1:
+                        named["loss/penalty"] = penalties(
+                            fabric, config, judge, samples, verdict.logits, label, rng.shared, part
+                        )
+                    fabric.backward(mean_over_parts(losses, named, part))
+                    ada.observe(verdict.logits.chunk(2)[0])
+                    seen.append((samples, label))
                 mean_gradients_(fabric, discriminator)
                 d_optimizer.step()
+                ada.adjust_()
                 if config.penalty_every > 1 and due(state.step * config.d_steps + d_step + 1, config.penalty_every):
                     # Lazily: an update of its own, with the weight of all updates that went without.
-                    logits = judge(samples, label, rng.shared)
-                    penalty = penalties(fabric, config, judge, samples, logits, label, rng.shared)
-                    losses["loss/penalty"] = penalty
                     d_optimizer.zero_grad()
-                    fabric.backward(config.penalty_every * penalty)
+                    for part, (samples, label) in zip(parts(config.accumulate, rng.shared), seen, strict=True):
+                        logits = judge(samples, label, rng.shared, part).logits
+                        penalty = penalties(fabric, config, judge, samples, logits, label, rng.shared, part)
+                        fabric.backward(config.penalty_every * mean_over_parts(losses, {"loss/penalty": penalty}, part))
                     mean_gradients_(fabric, discriminator)
                     d_optimizer.step()
 
             for g_step in range(config.g_steps):
                 # Generator: raise D(fake).
                 if g_step > 0:
-                    fake = generate(draw_latents(fabric, config, rng.shared), *label)
-                with frozen(discriminator):
-                    with torch.no_grad():
-                        real_logits = judge(real, label, rng.shared) if loss.generator_sees_real else None
-                    losses["loss/generator"] = g_loss = loss.generator(real_logits, judge(fake, label, rng.shared))
-                    g_optimizer.zero_grad()
-                    fabric.backward(g_loss)
+                    latents = draw_latents(fabric, config, rng.shared)
+                g_optimizer.zero_grad()
+                for part in parts(config.accumulate, rng.shared):
+                    latent, real, *label = (part.of(tensor) for tensor in (latents, *batch))
+                    if g_step > 0 or not is_shared:
+                        fake = generate(latent, *label)
+                    with frozen(discriminator):
+                        named = generator_losses(config, loss, judge, real, fake, label, rng.shared, part)
+                        fabric.backward(mean_over_parts(losses, named, part))
                 mean_gradients_(fabric, generator)
                 g_optimizer.step()
 
             state.step += 1
             generated = config.g_steps * config.batch_size
             average.update_(batch_size=generated, samples_seen=state.step * generated)
-            metrics.update(losses)
+            metrics.update(losses | ({"ada/p": ada.p, "ada/r": ada.r} if config.ada else {}))
             progress.show(state.step)
             if due(state.step, config.log_every, last=config.steps):
-                progress.report(state.step, metrics.flush(state.step))
+                progress.report(state.step, metrics.flush(state.step, rate_tags(config, state.step - 1)))
             validation = {}
             if due(state.step, config.validate_every, last=config.steps):
                 validation = validate(fabric, config, state, scores)
@@ -267,48 +334,102 @@ def train(
     return state
 
 
+def learning_rates(config: GANConfig) -> tuple[schedules.Schedule, schedules.Schedule]:
+    """The learning rates of generator and discriminator, as functions of the step."""
+    d_lr, _ = lazy_adam(config.d_lr, config.d_betas, config.penalty_every)
+    length = max((config.decay_steps or config.steps) - config.warmup_steps, 1)
+
+    def rate(lr: float, name: str) -> schedules.Schedule:
+        shape: schedules.Schedule = schedules.Constant(lr)
+        if name != "constant":
+            shape = schedules.Cosine(lr, length) if name == "cosine" else schedules.Linear(lr, 0.0, length)
+        return schedules.with_warmup(shape, config.warmup_steps) if config.warmup_steps else shape
+
+    return rate(config.g_lr, config.g_schedule), rate(d_lr, config.d_schedule)
+
+
+def reads_steps(config: GANConfig) -> bool:
+    """Whether a schedule depends on the run's length."""
+    return config.decay_steps is None and {config.g_schedule, config.d_schedule} != {"constant"}
+
+
+def rate_tags(config: GANConfig, step: int) -> dict[str, float]:
+    """The learning rates of a step, where they change."""
+    if config.warmup_steps == 0 and {config.g_schedule, config.d_schedule} == {"constant"}:
+        return {}
+    g_rate, d_rate = learning_rates(config)
+    return {"lr/generator": g_rate(step), "lr/discriminator": d_rate(step)}
+
+
+def adaptive_probability(fabric: Fabric, config: GANConfig) -> AdaptiveProbability:
+    """ADA's probability, which without ADA stays where it is."""
+    images = config.ada_images if config.ada else 0.0
+    return AdaptiveProbability(
+        fabric, start=config.ada_start, target=config.ada_target, every=config.ada_every, images=images
+    )
+
+
+def mean_over_parts(losses: dict[str, Tensor], named: dict[str, Tensor], part: Part) -> Tensor:
+    """The sum of the losses in ``named``, as a part of the batch counts; ``losses`` gets each one's mean over parts."""
+    for tag, value in named.items():
+        own = value.detach() if part.count == 1 else value.detach() / part.count
+        losses[tag] = losses[tag] + own if part.index > 0 else own
+    total = reduce(torch.add, named.values())
+    return total if part.count == 1 else total / part.count
+
+
 def draw_latents(fabric: Fabric, config: GANConfig, draw: torch.Generator) -> Tensor:
     """This process's latents ``[B, Z]``, drawn for the whole batch."""
     return take_share(torch.randn(config.batch_size, config.latent_size, generator=draw), fabric)
 
 
 def judged(
-    fabric: Fabric, config: GANConfig, discriminate: Bare, samples: Tensor, label: list[Tensor], draw: torch.Generator
-) -> Tensor:
-    """The discriminator's logits of augmented samples, of which there may be several batches with the same label."""
-    batches = len(samples) * fabric.world_size // config.batch_size
-    seen = diff_augment(fabric, samples, config.augment, draw, batches=batches)
-    logits: Tensor = discriminate(seen, *(torch.cat([part] * batches) for part in label))
-    return logits
-
-
-def penalties(
     fabric: Fabric,
     config: GANConfig,
-    judge: Callable[[Tensor, list[Tensor], torch.Generator], Tensor],
+    discriminate: Bare,
+    ada: AdaptiveProbability,
     samples: Tensor,
-    logits: Tensor,
     label: list[Tensor],
     draw: torch.Generator,
-) -> Tensor:
-    """The weighted sum of the penalties on ``samples``, real ones before generated ones, whose logits are known."""
-    total, (real, fake) = torch.zeros((), device=fabric.device), samples.detach().chunk(2)
-    if config.r1 or config.r2:
-        r1, r2 = squared_gradient_norms(logits, samples).chunk(2)
-        total = config.r1 / 2 * r1.mean() + config.r2 / 2 * r2.mean()
-    if config.gp:
-        mix = take_share(torch.rand(config.batch_size, generator=draw), fabric)
-        between = interpolated(real, fake, mix).requires_grad_()
-        total = total + config.gp * norm_penalty(squared_gradient_norms(judge(between, label, draw), between))
-    if config.dragan:
-        noise = take_share(torch.randn(config.batch_size, *real.shape[1:], generator=draw), fabric)
-        around = (real + config.dragan_std * noise).requires_grad_()
-        total = total + config.dragan * norm_penalty(squared_gradient_norms(judge(around, label, draw), around))
-    if config.bcr:
-        moved = diff_augment(fabric, samples.detach(), ("translation",), draw, batches=2)
+    part: Part,
+) -> Verdict:
+    """The discriminator's word on augmented samples, of which there may be several batches with the same label."""
+    batches = len(samples) * part.count * fabric.world_size // config.batch_size
+    seen = diff_augment(fabric, samples, config.augment, draw, batches=batches, part=part)
+    seen = adaptive_augment(fabric, seen, config.ada, ada.p, draw, batches=batches, part=part)
+    word = discriminate(seen, *(torch.cat([own] * batches) for own in label))
+    return Verdict(*word) if config.auxiliary else Verdict(word, None)
+
+
+def discriminator_losses(
+    config: GANConfig, loss: AdversarialLoss, verdict: Verdict, label: list[Tensor]
+) -> dict[str, Tensor]:
+    """What the discriminator minimises beside penalties, given its word on real samples and as many fake ones."""
+    named = {"loss/discriminator": loss.discriminator(*verdict.logits.chunk(2))}
+    if verdict.classes is not None:
         # Twice the mean over both kinds is the sum of the means over each.
-        total = total + config.bcr * 2 * mse_loss(judge(moved, label, draw), logits)
-    return total
+        named["loss/discriminator_class"] = 2 * config.auxiliary * cross_entropy(verdict.classes, label[0].repeat(2))
+    return named
+
+
+def generator_losses(
+    config: GANConfig,
+    loss: AdversarialLoss,
+    judge: Judge,
+    real: Tensor,
+    fake: Tensor,
+    label: list[Tensor],
+    draw: torch.Generator,
+    part: Part,
+) -> dict[str, Tensor]:
+    """What the generator minimises."""
+    with torch.no_grad():
+        real_logits = judge(real, label, draw, part).logits if loss.generator_sees_real else None
+    verdict = judge(fake, label, draw, part)
+    named = {"loss/generator": loss.generator(real_logits, verdict.logits)}
+    if verdict.classes is not None:
+        named["loss/generator_class"] = config.auxiliary * cross_entropy(verdict.classes, label[0])
+    return named
 
 
 def images_and_labels(batch: Any, config: GANConfig, fabric: Fabric) -> tuple[Tensor, ...]:
@@ -329,7 +450,7 @@ def images_and_labels(batch: Any, config: GANConfig, fabric: Fabric) -> tuple[Te
 
 def validate(fabric: Fabric, config: GANConfig, state: GANState, scores: Scores | None) -> dict[str, float]:
     """Show fixed latents, a column a class, where samples are pictures, and score the average's samples."""
-    sample = sampler(config, state.average.module, fabric.device)
+    sample = sampler(state.average.module, conditional=config.num_classes > 0, device=fabric.device)
     columns = config.num_classes or 10
     latents = torch.randn(8 * columns, config.latent_size, generator=torch.Generator().manual_seed(config.seed))
     images = sample(latents, torch.arange(len(latents)) % columns)
@@ -337,19 +458,6 @@ def validate(fabric: Fabric, config: GANConfig, state: GANState, scores: Scores 
         grid = image_grid((images + 1) / 2, columns, scale=max(1, 32 // images.shape[-1]))
         state.metrics.image(state.step, "samples", grid)
     return {} if scores is None else scores(sample)
-
-
-def sampler(config: GANConfig, generator: nn.Module, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """``(latents [N, Z], labels [N]) -> images [N, C, H, W]`` in [-1, 1], in ``generator``'s own precision."""
-    dtype = next(generator.parameters()).dtype
-
-    def sample(latents: Tensor, labels: Tensor) -> Tensor:
-        inputs = (latents.to(dtype), labels) if config.num_classes else (latents.to(dtype),)
-        parts = zip(*(part.to(device).split(500) for part in inputs), strict=True)
-        with torch.no_grad():
-            return torch.cat([generator(*part).float() for part in parts])
-
-    return sample
 
 
 def main(config: GANConfig) -> str:
@@ -394,15 +502,16 @@ def networks(config: GANConfig, data: Images) -> tuple[nn.Module, nn.Module]:
     channels, height, width = data.images.shape[1:]
     shape = (channels, height, width)
     torch.manual_seed(config.seed)
-    if config.network == "mlp":
-        return (
-            MLPGenerator(config.latent_size, config.num_classes, shape, config.width),
-            MLPDiscriminator(config.num_classes, shape, config.width),
-        )
-    return (
-        ConvGenerator(config.latent_size, config.num_classes, shape, config.width),
-        ConvDiscriminator(config.num_classes, shape, config.width),
+    generator = generator_network(config.network, config.latent_size, config.num_classes, shape, config.width)
+    discriminator = discriminator_network(
+        config.network, config.num_classes, shape, config.width, config.conditioning, auxiliary=config.auxiliary > 0
     )
+    if config.spectral_norm:
+        discriminator = spectrally_normalised(discriminator)
+    if config.channels_last:
+        for network in (generator, discriminator):
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return generator, discriminator
 
 
 def summary(config: GANConfig, state: GANState, rate: float, preparing: float, training: float) -> None:
@@ -425,42 +534,19 @@ def summary(config: GANConfig, state: GANState, rate: float, preparing: float, t
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """Draw a grid of samples from a run's best or last checkpoint."""
-
-    run_dir: str
-    """Directory of the run."""
-    count: int = 64
-    """Number of samples."""
-    out: str = "grid.png"
-    """PNG file to write."""
-    which: Literal["best", "last"] = "best"
-    """Checkpoint to take."""
-    seed: int = 0
-    """Seed of the latents."""
-
-
 def sample(request: SampleConfig) -> None:
-    """Write the picture that ``request`` asks for."""
-    if request.count < 1:
-        raise ConfigError(f"count: {request.count}; draw at least 1")
+    """Write the file that ``request`` asks for."""
     path = Path(request.run_dir) / CONFIG
     if not path.exists():
         raise ConfigError(f"run_dir: {request.run_dir} holds no run; check the path")
     config = GANConfig(**read_config(path))
-    average = load_module(request.run_dir, "average", which=request.which)
+    weights = load_module(request.run_dir, request.weights, which=request.which)
     generator, _ = networks(config, load_data(config))
-    generator.load_state_dict(average)
-    columns = config.num_classes or math.ceil(math.sqrt(request.count))
-    latents = torch.randn(request.count, config.latent_size, generator=torch.Generator().manual_seed(request.seed))
-    images = sampler(config, generator, torch.device("cpu"))(latents, torch.arange(request.count) % columns)
-    grid = image_grid((images + 1) / 2, columns, scale=max(1, 64 // images.shape[-1]))
-    try:
-        Path(request.out).write_bytes(png_bytes(grid))
-    except OSError as error:
-        raise ConfigError(f"out: cannot write {request.out} ({error.strerror}); choose another with --out") from error
-    print(f"{request.count} samples: {request.out}")
+    generator.load_state_dict(weights)
+    latents, labels, columns = request.inputs(config.latent_size, config.num_classes)
+    generate = sampler(generator.eval(), conditional=config.num_classes > 0, device=torch.device("cpu"))
+    write_samples(Path(request.out), generate(latents, labels), labels, columns)
+    print(f"{len(latents)} samples: {request.out}")
 
 
 if __name__ == "__main__":

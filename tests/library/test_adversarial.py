@@ -12,8 +12,11 @@ from lightning_custom.adversarial import (
     interpolated,
     lazy_adam,
     norm_penalty,
+    spectrally_normalised,
     squared_gradient_norms,
 )
+from lightning_custom.ema import EMA
+from lightning_custom.errors import ConfigError
 from lightning_custom.testing import in_processes, single_process
 
 REAL, FAKE = [0.3, -2.0, 5.0, 0.0], [-1.0, 0.5, 4.0, -3.0]
@@ -227,3 +230,76 @@ def test_frozen_ends_with_an_error_inside_too():
     with pytest.raises(ZeroDivisionError), frozen(network):
         raise ZeroDivisionError
     assert network.weight.requires_grad
+
+
+# Spectral norm
+
+
+def normalised_network():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(48, 5), nn.Tanh(), nn.Linear(5, 1)
+    )
+    return spectrally_normalised(network.double())
+
+
+def singular_values(network):
+    return [
+        torch.linalg.svdvals(layer.weight.flatten(1))[0].item()
+        for layer in network.modules()
+        if isinstance(layer, (nn.Conv2d, nn.Linear))
+    ]
+
+
+def test_after_some_forward_passes_the_largest_singular_value_of_each_weight_is_one():
+    network = normalised_network()
+    for _ in range(100):
+        network(torch.zeros(1, 1, 4, 4, dtype=torch.float64))
+    network.eval()
+    assert singular_values(network) == pytest.approx([1.0] * 3, rel=1e-6)
+
+
+def test_a_forward_pass_in_training_mode_makes_one_power_iteration_with_or_without_a_gradient():
+    network, sample = normalised_network(), torch.zeros(1, 1, 4, 4, dtype=torch.float64)
+    for passes in (lambda: network(sample), lambda: torch.no_grad()(network)(sample)):
+        before = {key: value.clone() for key, value in network.state_dict().items()}
+        passes()
+        changed = {key for key, value in network.state_dict().items() if not torch.equal(value, before[key])}
+        assert changed
+        assert {key.rpartition(".")[2] for key in changed} <= {"_u", "_v"}
+    with frozen(network):
+        assert not network(sample).requires_grad
+    network.eval()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    network(sample)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_a_penalty_through_spectral_norm_has_the_gradient_of_finite_differences():
+    network = normalised_network().eval()  # the power iteration would move between evaluations
+    samples = torch.randn(4, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    names = [name for name, _ in network.named_parameters()]
+
+    def objective(*parameters):
+        inputs = samples.clone().requires_grad_()
+        logits = functional_call(network, dict(zip(names, parameters, strict=True)), (inputs,)).squeeze(1)
+        return squared_gradient_norms(logits, inputs).mean()
+
+    parameters = [parameter.detach().requires_grad_() for parameter in network.parameters()]
+    assert torch.autograd.gradcheck(objective, parameters, eps=1e-6, atol=1e-7)
+
+
+def test_an_average_of_a_normalised_network_is_the_networks_own_where_it_keeps_nothing():
+    network = normalised_network()
+    average = EMA(network, half_life=1e-9, ramp=0)
+    sample = torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    network(sample)
+    average.update_(batch_size=1, samples_seen=1)
+    assert torch.equal(average.module(sample), network.eval()(sample))
+
+
+def test_a_weight_of_zeros_has_no_norm():
+    layer = nn.Linear(2, 2)
+    nn.init.zeros_(layer.weight)
+    with pytest.raises(ConfigError, match=r"spectral_norm: 0.weight is all zeros"):
+        spectrally_normalised(nn.Sequential(layer))

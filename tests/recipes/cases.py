@@ -462,6 +462,8 @@ def run_reinforce(fabric: Fabric, config: reinforce.ReinforceConfig) -> reinforc
     return reinforce.train(fabric, config, make_env=MakeEnvironment(config.env))
 
 
+ADA = ("blit", "geometry", "color")
+
 CASES = [
     Case(
         name="gan",
@@ -486,6 +488,27 @@ CASES = [
             "unconditional": {"num_classes": 0},
             "no-penalty": {"r1": 0.0, "r2": 0.0},
             "conv": {"network": "conv", "width": 4},
+            "dcgan": {"network": "dcgan", "width": 4, "conditioning": "concatenation"},
+            "residual": {"network": "residual", "width": 4, "channels_last": True},
+            "projection": {"conditioning": "projection"},
+            "auxiliary": {"loss": "hinge", "auxiliary": 1.0},
+            "spectral-norm": {"loss": "hinge", "network": "dcgan", "width": 4, "spectral_norm": True, "gp": 1.0},
+            "adaptive": {"loss": "nonsaturating", "ada": ADA, "ada_start": 0.5, "ada_images": 300.0},
+            "fixed-probability": {"ada": ADA, "ada_start": 0.7, "ada_images": 0.0},
+            "accumulate": {
+                "accumulate": 2,
+                "d_steps": 2,
+                "g_steps": 2,
+                "gp": 1.0,
+                "penalty_every": 3,
+                "loss": "hinge",
+                "augment": ("color", "translation"),
+                "ada": ADA,
+                "ada_images": 300.0,
+                "bcr": 1.0,
+                "auxiliary": 0.5,
+            },
+            "schedules": {"g_schedule": "cosine", "d_schedule": "linear", "warmup_steps": 5, "penalty_every": 2},
         },
         preset=gan.GANConfig(**gan.PRESETS["digits"] | {"steps": 30}),
     ),

@@ -214,6 +214,20 @@ def test_sample_draws_the_averages_samples_a_column_a_class(finished, program, t
     np.testing.assert_allclose(np.stack(shown), images[:, 0].clamp(0, 255), atol=0.51)
 
 
+def test_sample_writes_an_array_of_one_classs_truncated_samples(finished, program, tmp_path):
+    words = ("--count", 3, "--label", 4, "--psi", 0, "--which", "last", "--weights", "generator")
+    status, _, errors = program("sample", "--run_dir", finished[0], *words, "--out", tmp_path / "samples.npz")
+    assert (status, errors) == (0, "")
+    config = gan.GANConfig(width=8, latent_size=4)
+    generator, _ = gan.networks(config, gan.load_data(config))
+    generator.load_state_dict(load_module(finished[0], "generator", which="last"))
+    with torch.no_grad():
+        expected = (generator(torch.zeros(3, 4), torch.tensor([4, 4, 4])) + 1) * 127.5
+    with np.load(tmp_path / "samples.npz") as samples:
+        assert samples["labels"].tolist() == [4, 4, 4]
+        np.testing.assert_allclose(samples["images"][..., 0], expected[:, 0].clamp(0, 255), atol=0.51)
+
+
 def refused(result):
     """The one line that a program which refuses prints, after status 2."""
     status, printed, errors = result
@@ -231,6 +245,9 @@ def refused(result):
         (("--run_dir", "RUN", "--count", "many"), "count"),
         (("--run_dir", "RUN", "--which", "worst"), "which"),
         (("--run_dir", "RUN", "--out", "nowhere/grid.png"), "out: cannot write nowhere/grid.png"),
+        (("--run_dir", "RUN", "--out", "grid.gif"), "out: grid.gif ends in none of .png, .npy, .npz"),
+        (("--run_dir", "RUN", "--label", 10), "label: 10; the run has 10 classes"),
+        (("--run_dir", "RUN", "--psi", -1), "psi: -1.0"),
         (("--run_dir", "RUN", "--colour", "red"), "--colour"),
         (("--count", 3), "run_dir"),
     ],

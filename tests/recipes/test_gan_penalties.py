@@ -7,8 +7,11 @@ import torch
 from torch import nn
 from torch.optim import Adam
 
+from lightning_custom.augmentation import diff_augment
 from lightning_custom.errors import ConfigError
 from lightning_custom.metrics import read_rows
+from lightning_custom.networks import MLPGenerator
+from lightning_custom.penalties import Verdict, penalties
 from lightning_custom.testing import single_process
 from recipes import gan
 from tests.recipes.cases import CASES, run_gan
@@ -26,11 +29,11 @@ def penalty_of(network, samples, **weights):
     """What the recipe adds to the loss for ``samples``, half of them real."""
     config = gan.GANConfig(**{**NONE, **weights})
 
-    def judge(images, label, draw):
-        return network(images)
+    def judge(images, label, draw, part):
+        return Verdict(network(images))
 
     samples = samples.detach().requires_grad_()
-    return gan.penalties(single_process(), config, judge, samples, network(samples), [], generator())
+    return penalties(single_process(), config, judge, samples, network(samples), [], generator())
 
 
 def both_kinds():
@@ -77,7 +80,7 @@ def test_consistency_is_the_squared_change_of_logits_for_each_kind():
     def network(images):
         return images.flatten(1) @ direction
 
-    moved = gan.diff_augment(single_process(), samples, ("translation",), generator(), batches=2)
+    moved = diff_augment(single_process(), samples, ("translation",), generator(), batches=2)
     changes = (network(moved) - network(samples)).square()
     expected = 10.0 * (changes[:BATCH].mean() + changes[BATCH:].mean())
     assert expected > 1
@@ -165,9 +168,9 @@ def test_a_lazy_penalty_weighs_as_much_as_its_interval(tmp_path, monkeypatch):
 
 def test_a_step_has_as_many_generator_updates_as_asked_for_each_on_samples_of_its_own(tmp_path, monkeypatch):
     seen = []
-    forward = gan.MLPGenerator.forward
+    forward = MLPGenerator.forward
     monkeypatch.setattr(
-        gan.MLPGenerator,
+        MLPGenerator,
         "forward",
         lambda self, latent, *label: (seen.append(latent), forward(self, latent, *label))[1],
     )

@@ -1,0 +1,142 @@
+"""Latents to look at a generator with, and files of its samples."""
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_custom.errors import ConfigError
+from lightning_custom.events import png_bytes
+from lightning_custom.pictures import image_grid
+
+FILES = (".png", ".npy", ".npz")
+"""What :func:`write_samples` writes, by the ending of the file's name."""
+
+
+def truncated_latents(
+    count: int, size: int, generator: torch.Generator, *, threshold: float = 0.0, psi: float = 1.0
+) -> Tensor:
+    """Normal latents ``[N, Z]``, nearer to their mean: less variety, and less that the generator has rarely seen.
+
+    ``threshold`` draws every number anew that lies beyond it (Brock et al. 2019, section 3.1; 0: none). ``psi`` then
+    multiplies all. In a generator whose first layer is linear in the latent, as the library's are, that moves this
+    layer's output towards its mean over latents, class by class and under the weights that are sampled from: the
+    truncation of Karras et al. 2019 (StyleGAN, appendix B), with a mean that is known exactly.
+    """
+    if threshold < 0:
+        raise ConfigError(f"threshold: {threshold}; it must be at least 0")
+    latents = torch.randn(count, size, generator=generator)
+    while threshold and (beyond := latents.abs() > threshold).any():
+        latents[beyond] = torch.randn(int(beyond.sum()), generator=generator)
+    return latents * psi
+
+
+def spherical_path(first: Tensor, last: Tensor, steps: int) -> Tensor:
+    """Latents ``[N, steps, Z]`` from ``first`` to ``last`` ``[N, Z]``, turning at an even pace, ends included.
+
+    Along a line normal latents would pass through lengths that never occur (White 2016); here the length changes
+    geometrically from one end's to the other's.
+
+    >>> spherical_path(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 4.0]]), 3)[0, 1].tolist()
+    [1.4142135381698608, 1.4142135381698608]
+    """
+    share = torch.linspace(0, 1, steps, dtype=first.dtype)[None, :, None]
+    lengths = [latents.norm(dim=1, keepdim=True)[:, None] for latents in (first, last)]
+    start, end = first[:, None] / lengths[0], last[:, None] / lengths[1]
+    angle = (start * end).sum(2, keepdim=True).clamp(-1, 1).acos()
+    turned = (((1 - share) * angle).sin() * start + (share * angle).sin() * end) / angle.sin()
+    # Where both ends point the same way there is nothing to turn.
+    turned = torch.where(angle.sin() < 1e-6, start, turned)
+    path: Tensor = turned * lengths[0] ** (1 - share) * lengths[1] ** share
+    return path
+
+
+def sampler(generator: nn.Module, *, conditional: bool, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """``(latents [N, Z], labels [N]) -> images [N, C, H, W]`` in ``generator``'s own precision, in float32, by 500."""
+    dtype = next(generator.parameters()).dtype
+
+    def sample(latents: Tensor, labels: Tensor) -> Tensor:
+        inputs = (latents.to(dtype), labels) if conditional else (latents.to(dtype),)
+        parts = zip(*(part.to(device).split(500) for part in inputs), strict=True)
+        with torch.no_grad():
+            return torch.cat([generator(*part).float() for part in parts])
+
+    return sample
+
+
+def write_samples(path: Path, images: Tensor, labels: Tensor, columns: int) -> None:
+    """Write images ``[N, C, H, W]`` in [-1, 1] as a picture of a grid, or as an array.
+
+    ``.png``: rows of ``columns``. ``.npy``: uint8 ``[N, H, W, C]``. ``.npz``: that as ``images``, and ``labels``.
+    :class:`ConfigError` for another ending, and where the file cannot be written.
+    """
+    if path.suffix not in FILES:
+        raise ConfigError(f"out: {path} ends in none of {', '.join(FILES)}; choose another with --out")
+    unit = (images.detach().cpu() + 1) / 2
+    buffer = io.BytesIO()
+    if path.suffix == ".png":
+        buffer.write(png_bytes(image_grid(unit, columns, scale=max(1, 64 // images.shape[-1]))))
+    else:
+        pixels = unit.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        if path.suffix == ".npy":
+            np.save(buffer, pixels)
+        else:
+            np.savez_compressed(buffer, images=pixels, labels=labels.cpu().numpy())
+    try:
+        path.write_bytes(buffer.getvalue())
+    except OSError as error:
+        raise ConfigError(f"out: cannot write {path} ({error.strerror}); choose another with --out") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Draw samples from a run's best or last checkpoint."""
+
+    run_dir: str
+    """Directory of the run."""
+    count: int = 64
+    """Number of samples, or of rows of an interpolation."""
+    out: str = "grid.png"
+    """File to write: a picture of a grid (.png) or an array (.npy, and .npz with labels)."""
+    which: Literal["best", "last"] = "best"
+    """Checkpoint to take."""
+    weights: Literal["average", "generator"] = "average"
+    """The generator's average, or its last weights."""
+    label: int | None = None
+    """Class of all samples; none: a column a class, or of an interpolation a row a class."""
+    threshold: float = 0.0
+    """Numbers of a latent beyond this are drawn again; 0: none."""
+    psi: float = 1.0
+    """Factor of all latents: below 1 less variety, 0 the mean of each class."""
+    interpolate: int = 0
+    """Images of each row from one latent to another; 0: no interpolation."""
+    seed: int = 0
+    """Seed of the latents."""
+
+    def __post_init__(self) -> None:
+        for name, least in {"count": 1, "threshold": 0, "psi": 0, "interpolate": 0}.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}: {getattr(self, name)}; it must be at least {least}")
+
+    def inputs(self, latent_size: int, num_classes: int) -> tuple[Tensor, Tensor, int]:
+        """Latents ``[N, Z]``, labels ``[N]`` and the columns of their grid, for a generator of these sizes."""
+        if self.label is not None and not 0 <= self.label < num_classes:
+            raise ConfigError(f"label: {self.label}; the run has {num_classes} classes, counted from 0")
+        draw = torch.Generator().manual_seed(self.seed)
+        ends = 2 if self.interpolate else 1
+        latents = truncated_latents(ends * self.count, latent_size, draw, threshold=self.threshold, psi=self.psi)
+        labels = torch.arange(self.count) % max(num_classes, 1)
+        if self.label is not None:
+            labels = torch.full_like(labels, self.label)
+        if self.interpolate:
+            first, last = latents.chunk(2)
+            path = spherical_path(first, last, self.interpolate)
+            return path.flatten(0, 1), labels.repeat_interleave(self.interpolate), self.interpolate
+        is_by_class = num_classes > 0 and self.label is None
+        return latents, labels, num_classes if is_by_class else math.ceil(math.sqrt(self.count))
