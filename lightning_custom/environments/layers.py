@@ -98,10 +98,11 @@ def layers(env: Environment) -> Iterator[Environment]:
 
 def unknown_layer(env: Environment) -> str | None:
     """The class of the first layer whose state cannot be taken by name; None where all can."""
+    layer: Any
     for layer in layers(env):
         if _kind(layer) == "unknown":
             return type(layer).__name__
-        if isinstance(layer, SyncVectorEnv):
+        if _kind(layer) == "vector":
             return next(filter(None, map(unknown_layer, layer.envs)), None)
     return None
 
@@ -145,7 +146,7 @@ def _restore_generator_(base: Environment, generator: np.random.Generator | None
         live.bit_generator.state = generator.bit_generator.state
 
 
-def _kind(layer: Environment) -> str:
+def _kind(layer: Any) -> str:
     if type(layer) in FIELDS:
         return "fields"
     if type(layer) is SyncVectorEnv:

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.ppo_returns halfcheetah --env_steps 200704 --seeds 0 --out curves.jsonl
 
 Both are scored on the same episodes after the same environment steps, by the most probable actions and with frozen
-statistics. One line a run is added to the file, which ``python docs/figures/ppo_curves.py`` draws.
+statistics. One line a run is added to the file, which ``docs/figures/ppo_curves.py`` draws.
 """
 
 import argparse
