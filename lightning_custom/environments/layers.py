@@ -1,8 +1,9 @@
 """The exact state of one environment, layer by layer: its wrappers, and the simulation inside them.
 
 A layer is known by its exact class, for a subclass may hold more than its parent: gymnasium's own wrappers, classic
-control, toy text, MuJoCo and Atari. A layer with ``get_state() -> plain containers`` and ``set_state(state)`` of its
-own speaks for itself. For anything else there is :mod:`lightning_custom.environments.replay`.
+control, toy text, MuJoCo, Atari, and the vector that steps its environments in turn. A layer with ``get_state() ->
+plain containers`` and ``set_state(state)`` of its own speaks for itself. For anything else there is
+:mod:`lightning_custom.environments.replay`.
 """
 
 from collections import deque
@@ -15,6 +16,7 @@ import numpy as np
 from gymnasium import wrappers
 from gymnasium.envs import classic_control, toy_text
 from gymnasium.envs.classic_control import cartpole
+from gymnasium.vector import SyncVectorEnv
 
 from lightning_custom.environments.atari import atari_state, restore_atari_
 from lightning_custom.environments.plain import from_stored, to_stored
@@ -78,6 +80,9 @@ FIELDS: dict[type[Any], tuple[str, ...]] = {
 }
 """What changes in each class, by the path of its attribute."""
 
+# Beside its environments. In the mode without resets those that did not end show the observation from here.
+_SYNC_VECTOR = ("_env_obs", "_terminations", "_truncations", "_autoreset_envs")
+
 # What mj_step leaves behind is of the substep before the last, and not in MuJoCo's state. Ant and Humanoid read it
 # before they step: without it the first reward after a restore is wrong.
 _LAGGING = ("xpos", "xipos")
@@ -93,7 +98,13 @@ def layers(env: Environment) -> Iterator[Environment]:
 
 def unknown_layer(env: Environment) -> str | None:
     """The class of the first layer whose state cannot be taken by name; None where all can."""
-    return next((type(layer).__name__ for layer in layers(env) if _kind(layer) == "unknown"), None)
+    layer: Any
+    for layer in layers(env):
+        if _kind(layer) == "unknown":
+            return type(layer).__name__
+        if _kind(layer) == "vector":
+            return next(filter(None, map(unknown_layer, layer.envs)), None)
+    return None
 
 
 def environment_state(env: Environment) -> dict[str, Any]:
@@ -135,9 +146,11 @@ def _restore_generator_(base: Environment, generator: np.random.Generator | None
         live.bit_generator.state = generator.bit_generator.state
 
 
-def _kind(layer: Environment) -> str:
+def _kind(layer: Any) -> str:
     if type(layer) in FIELDS:
         return "fields"
+    if type(layer) is SyncVectorEnv:
+        return "vector"
     origin = type(layer).__module__
     if origin.startswith("gymnasium.envs.mujoco."):
         return "mujoco"
@@ -152,6 +165,9 @@ def _layer_state(layer: Any) -> Any:
     kind, name = _kind(layer), type(layer).__name__
     if kind == "fields":
         return {path: to_stored(_attribute(layer, path), f"{name}.{path}") for path in FIELDS[type(layer)]}
+    if kind == "vector":
+        fields = {field: to_stored(getattr(layer, field), f"{name}.{field}") for field in _SYNC_VECTOR}
+        return {"environments": [environment_state(env) for env in layer.envs], "fields": fields}
     if kind == "mujoco":
         return _mujoco_state(layer)
     if kind == "atari":
@@ -166,6 +182,11 @@ def _restore_layer_(layer: Any, stored: Any) -> None:
     if kind == "fields":
         for path, value in stored.items():
             _set_attribute_(layer, path, from_stored(value))
+    elif kind == "vector":
+        for env, state in zip(layer.envs, stored["environments"], strict=True):
+            restore_environment_(env, state)
+        for field, value in stored["fields"].items():
+            setattr(layer, field, from_stored(value))
     elif kind == "mujoco":
         _restore_mujoco_(layer, stored)
     elif kind == "atari":

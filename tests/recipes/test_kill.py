@@ -41,6 +41,10 @@ RECIPES = {
         *("--num_envs", 2, "--train_every", 8, "--updates", 1, "--learning_starts", 7, "--capacity", 300),
         *("--batch_size", 8, "--n_step", 3, "--prioritised", "true", "--val_episodes", 2, "--test_episodes", 2),
     ),
+    "sac": (
+        *("--num_envs", 2, "--train_every", 2, "--updates", 1, "--learning_starts", 7, "--capacity", 300),
+        *("--batch_size", 8, "--n_step", 3, "--val_episodes", 2, "--test_episodes", 2),
+    ),
     "ppo": (
         *("--num_envs", 4, "--rollout_steps", 8, "--epochs", 1, "--minibatches", 2, "--val_episodes", 2),
         *("--test_episodes", 2, "--anneal_lr", "false", "--anneal_clip", "false", "--normalise_observations", "true"),

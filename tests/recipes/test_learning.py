@@ -9,7 +9,7 @@ from lightning_custom.extractor import fit_extractor
 from lightning_custom.generation import GenerationScores
 from lightning_custom.metrics import read_rows
 from lightning_custom.testing import single_process
-from recipes import adversarial_training, classification, gan, maml, multitask
+from recipes import adversarial_training, classification, gan, maml, multitask, ppo, reinforce
 
 
 def final_scores(config):
@@ -90,3 +90,12 @@ def test_adversarial_training_holds_under_attack_where_standard_training_falls(t
     assert clean >= 97.5
     assert robust >= 78
     assert standard <= 60
+
+
+# The threshold of gymnasium's registry, over as many episodes as it asks for.
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe, config", [(ppo, ppo.PPOConfig), (reinforce, reinforce.ReinforceConfig)])
+def test_cartpole_is_solved_by_the_default_presets(recipe, config, tmp_path, capsys):
+    recipe.main(config(validate_every=50, accelerator="cpu", run_dir=str(tmp_path)))
+    (found,) = re.findall(r"^return ([\d.]+) \+- [\d.]+ .* 100 episodes", capsys.readouterr().out, re.MULTILINE)
+    assert float(found) >= 475

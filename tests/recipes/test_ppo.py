@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -13,13 +14,20 @@ from PIL import Image
 from lightning_custom.action_distributions import action_distribution
 from lightning_custom.compiled_gradient import CompiledGradient
 from lightning_custom.environments.makers import MakeEnvironment, MakeVector
+from lightning_custom.environments.normalisation import RunningMoments
 from lightning_custom.errors import ConfigError
 from lightning_custom.metrics import read_rows
 from lightning_custom.numpy_network import to_tensors
 from lightning_custom.policies import actor_critic
 from lightning_custom.precision import unwrap
 from lightning_custom.state import capture
-from lightning_custom.testing import assert_resumes_exactly, largest_difference, single_process
+from lightning_custom.testing import (
+    assert_resumes_exactly,
+    first_difference,
+    in_processes,
+    largest_difference,
+    single_process,
+)
 from recipes import ppo
 
 B = 40
@@ -293,3 +301,49 @@ def test_what_is_not_there_is_one_line(tmp_path):
         ppo.main(config(env="CartPol-v1", run_dir=str(tmp_path)))
     with pytest.raises(ConfigError, match="holds no run; check the path"):
         ppo.enjoy(ppo.EnjoyConfig(run_dir=str(tmp_path / "none")))
+
+
+# Two processes: what they share, and what becomes of the run where they do not
+
+
+def run_normalised(fabric, folder, name):
+    """The state that a run with every statistic ends with."""
+    settings = config(
+        normalise_observations=True, normalise_rewards=True, minibatches=1, epochs=1, max_grad_norm=0.0,
+        run_dir=str(Path(folder) / name),
+    )  # fmt: skip
+    return capture(ppo.train(fabric, settings, make_env=MakeEnvironment("CartPole-v1")))
+
+
+def normalised_alone(fabric, settings, batch, order, whole=ppo.minibatches):
+    """Minibatches whose advantages have mean 0 and deviation 1 in each process's part."""
+    for *parts, advantages, returns, values, weights in whole(fabric, settings, batch, order):
+        alone = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        yield (*parts, alone, returns, values, weights)
+
+
+def shared_and_alone(fabric, folder):
+    """The state with everything shared, and with each statistic of the processes' own; both divergences' mean."""
+    found = {"shared": run_normalised(fabric, folder, "shared")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunningMoments, "_sum", lambda self, part, count: (part, count))
+        found["moments alone"] = run_normalised(fabric, folder, "moments")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "minibatches", normalised_alone)
+        found["advantages alone"] = run_normalised(fabric, folder, "advantages")
+    divergences = [
+        {"losses/approx_kl": torch.tensor(value)} for value in ((0.01, 0.03), (0.05, 0.07))[fabric.global_rank]
+    ]
+    return found, ppo.mean_kl(fabric, divergences)
+
+
+@pytest.mark.distributed
+def test_two_processes_share_normalisers_advantage_statistics_and_the_end_of_the_updates(tmp_path):
+    one = run_normalised(single_process("64-true"), tmp_path, "one")
+    (first, kl), (second, other_kl) = in_processes(shared_and_alone, 2, str(tmp_path / "two"), precision="64-true")
+    assert first_difference(first["shared"], second["shared"]) is None
+    assert largest_difference(one, first["shared"]) <= 1e-9
+    for name in ("moments alone", "advantages alone"):
+        assert largest_difference(one, first[name]) > 1e-4
+    # Of a target of 0.03, the first process alone would go on and the second would not.
+    assert kl == other_kl == pytest.approx(0.04)
