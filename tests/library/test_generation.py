@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_custom.datasets import Images
-from lightning_custom.generation import GenerationScores, coverage, frechet_distance, kernel_distance
+from lightning_custom.generation import GenerationScores, frechet_distance, kernel_distance
 from lightning_custom.testing import in_processes, single_process
 
 
@@ -63,23 +63,6 @@ def test_kid_draws_its_subsets_by_a_seed_of_its_own():
     assert first[1] > 0
 
 
-@pytest.mark.parametrize("k", [1, 3])
-def test_coverage_is_its_definition(k):
-    real, fake = torch.randn(30, 2), torch.randn(20, 2) + 0.8
-    covered = 0
-    for i, point in enumerate(real):
-        radius = sorted((point - other).norm().item() for j, other in enumerate(real) if j != i)[k - 1]
-        covered += min((point - other).norm().item() for other in fake) <= radius
-    assert coverage(real, fake, k) == pytest.approx(covered / 30)
-    assert 0 < covered < 30
-
-
-def test_coverage_is_whole_for_the_real_points_and_nothing_for_far_ones():
-    real = torch.randn(30, 2)
-    assert coverage(real, real) == 1.0
-    assert coverage(real, real + 100) == 0.0
-
-
 class Pixels(nn.Module):
     """Features are the pixels; the class is where the first three are largest."""
 
@@ -109,13 +92,13 @@ def test_good_samples_reach_the_floor_and_bad_ones_do_not():
     scorer = GenerationScores(single_process(), data(), Pixels())
     assert len(scorer.labels) == 45
     good = scorer(matching(scorer))
-    assert good["val/fid_floor"] == scorer.floor
-    assert good["val/fid"] < 3 * scorer.floor
+    assert good["val/fid_floor"] == scorer.floors["fid"]
+    assert good["val/fid"] < 3 * scorer.floors["fid"]
     assert good["val/classes"] == 3
     assert good["val/confident_as_asked"] == 1.0
     assert good["val/coverage"] > 0.7
     same = scorer(torch.eye(4)[:1].view(1, 1, 2, 2).repeat(45, 1, 1, 1))  # one class alone
-    assert same["val/fid"] > 10 * scorer.floor
+    assert same["val/fid"] > 10 * scorer.floors["fid"]
     assert same["val/classes"] == 1
     assert same["val/confident_as_asked"] == pytest.approx((scorer.labels == 0).float().mean().item())
     assert same["val/coverage"] < 0.4
