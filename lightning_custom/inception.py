@@ -39,7 +39,8 @@ def _network() -> Any:
             "it classifier"
         ) from error
     try:
-        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+        with torch.random.fork_rng(devices=[]):  # it draws weights before it reads them
+            return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
     except OSError as error:
         raise ConfigError(
             f"features: the weights of inception could not be fetched ({error}); use a machine with a network once, "

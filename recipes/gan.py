@@ -14,6 +14,7 @@ of the samples recognised as the class asked for. Nothing here compiles: the pen
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -48,8 +49,10 @@ from lightning_custom.generation import GenerationScores
 from lightning_custom.image_data import ImageData, image_classifier, load_image_data
 from lightning_custom.inception import inception_features
 from lightning_custom.launch import launch
+from lightning_custom.logits import show_logits
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import MetricLogger
+from lightning_custom.mode_collapse import mode_collapse
 from lightning_custom.networks import ConvDiscriminator, ConvGenerator, MLPDiscriminator, MLPGenerator
 from lightning_custom.pictures import image_grid
 from lightning_custom.precision import Bare, bare
@@ -265,7 +268,8 @@ def train(
             metrics.update(losses)
             progress.show(state.step)
             if due(state.step, config.log_every, last=config.steps):
-                progress.report(state.step, metrics.flush(state.step))
+                known = show_logits(fabric, metrics, state.step, *logits.chunk(2))
+                progress.report(state.step, metrics.flush(state.step, known))
             validation = {}
             if due(state.step, config.validate_every, last=config.steps):
                 validation = validate(fabric, config, state, scores)
@@ -346,7 +350,11 @@ def validate(fabric: Fabric, config: GANConfig, state: GANState, scores: Scores 
     if images.dim() == 4 and images.shape[1] in (1, 3):
         grid = image_grid((images + 1) / 2, columns, scale=max(1, 32 // images.shape[-1]))
         state.metrics.image(state.step, "samples", grid)
-    return {} if scores is None else scores(sample)
+    found = {} if scores is None else scores(sample)
+    # Before the data has been seen once, samples that are all alike are the beginning.
+    if fabric.global_rank == 0 and state.batches.passes >= 1 and (warning := mode_collapse(found)):
+        warnings.warn(f"step {state.step}: {warning}", stacklevel=2)
+    return found
 
 
 def sampler(config: GANConfig, generator: nn.Module, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
@@ -422,11 +430,17 @@ def summary(config: GANConfig, state: GANState, rate: float, preparing: float, t
     if not scores:
         print(f"run: {config.run_dir} was complete already, at step {state.step}; a larger --steps goes on")
         return
+    classes = ""
+    if "val/modes" in scores:
+        classes = f"classes {scores['val/modes']:.0f}   reverse KL {scores['val/reverse_kl']:.3f}"
+        if config.num_classes:
+            classes += f"   recognised as asked {scores['val/confident_as_asked']:.1%}"
+        classes += "\n"
     print(
         f"\nFID {scores['val/fid']:.3f} (one real half against the other: {scores['val/fid_floor']:.3f})\n"
-        f"KID {scores['val/kid']:.4f}   coverage {scores['val/coverage']:.3f}\n"
-        f"classes {scores['val/classes']:.0f} of {config.num_classes}   "
-        f"recognised as asked {scores['val/confident_as_asked']:.1%}\n"
+        f"KID {scores['val/kid']:.4f}   precision {scores['val/precision']:.3f}   recall {scores['val/recall']:.3f}   "
+        f"density {scores['val/density']:.3f}   coverage {scores['val/coverage']:.3f}\n"
+        f"{classes}"
         f"{rate * config.batch_size:,.0f} images/s   {training:.1f} s training, "
         f"{preparing:.1f} s for data and feature extractor\n"
         f"run: {config.run_dir}\n"
