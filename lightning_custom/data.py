@@ -1,6 +1,7 @@
 """Batches whose k-th is a function of (seed, k): resumable anywhere, the same for any number of processes."""
 
 import atexit
+import math
 import random
 import warnings
 import weakref
@@ -78,6 +79,11 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         return self
+
+    @property
+    def passes(self) -> float:
+        """How often a map-style dataset has been handed out, by all processes; of an iterable nan."""
+        return self.position * self._order.batch_size / self._order.pass_size if self._is_map else math.nan
 
     def __next__(self) -> Any:
         """The next batch; its position counts as handed out."""

@@ -1,4 +1,4 @@
-"""How good generated images are: FID, KID, coverage, and whether each is of the class that was asked for."""
+"""How good generated images are: distances to real ones, fidelity and diversity, and their classes."""
 
 import warnings
 from collections.abc import Callable
@@ -6,62 +6,106 @@ from collections.abc import Callable
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from lightning_custom.class_scores import class_scores
 from lightning_custom.datasets import Images
 from lightning_custom.distributed import gather_shares
-from lightning_custom.extractor import FeatureExtractor
+from lightning_custom.neighbourhoods import Neighbourhoods, neighbourhood_scores
 
 _MOST_SAMPLES = 10_000
 _SPLITS = 5
 
+Features = Callable[[Tensor], Tensor]
+"""Images ``[B, C, H, W]`` in [-1, 1] to features ``[B, F]``."""
+
+Classifier = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Images to features ``[B, F]`` and class probabilities ``[B, K]``, as :class:`FeatureExtractor` gives them."""
+
 
 class GenerationScores:
-    """Scores of generated images against ``data``, in the features of ``extractor``.
+    """Scores of generated images against ``data``, in features of ``classifier`` or in any others.
 
-    Features that are dead on real data are dropped, the others standardised on it. FID compares half of the real
-    images with as many generated ones as the other half holds, so that it is as biased as ``fid_floor``, the FID of
-    the two real halves; both are means over five fixed splits. Of a large data set the first 10,000 images serve.
+    The classifier's features that are dead on real data are dropped, the others standardised on it; ``features`` of
+    another module are taken as they are, as published scores have them. Half of the real images are compared with as
+    many generated ones as the other half holds, so that scores are as biased as :attr:`floors`, those of the two real
+    halves. FID and its floor are means over five fixed splits into halves. Of a large data set the first 10,000
+    images serve. Data of one class has no scores of classes.
 
     Attributes:
         labels: ``[N]`` the labels to generate for; N images are scored.
-        floor: FID of one real half against the other.
+        floors: what one real half has against the other: ``fid``, ``kid``, ``precision``, ``recall``, ``density``,
+            ``coverage`` and ``spread``.
     """
 
-    def __init__(self, fabric: Fabric, data: Images, extractor: FeatureExtractor) -> None:
-        self._fabric, self._extractor, self._num_classes = fabric, extractor, data.num_classes
-        features, _ = extractor(data.images[:_MOST_SAMPLES].to(fabric.device))
-        self._alive = features.std(0) > 1e-2
-        self._mean, self._std = features[:, self._alive].mean(0), features[:, self._alive].std(0)
-        self._real = self._standardise(features)
+    def __init__(
+        self, fabric: Fabric, data: Images, classifier: Classifier, *, features: Features | None = None
+    ) -> None:
+        self._fabric, self._classifier, self._features = fabric, classifier, features
+        self._shares = torch.bincount(data.labels, minlength=data.num_classes).double() / len(data.labels)
+        found, _ = self._measure(data.images[:_MOST_SAMPLES].to(fabric.device))
+        # Standardised, a feature that is dead on real data would drown all others.
+        self._alive = found.std(0) > (1e-2 if features is None else -1)
+        self._mean, self._std = found[:, self._alive].mean(0), found[:, self._alive].std(0)
+        self._real = self._scaled(found)
         size, generator = len(self._real), torch.Generator().manual_seed(0)
         self._splits = [torch.randperm(size, generator=generator).split(size // 2)[:2] for _ in range(_SPLITS)]
-        self.labels = data.labels[:_MOST_SAMPLES][self._splits[0][1]]
-        self.floor = self._mean_over_splits(lambda half: self._real[half])
+        half, other = self._splits[0]
+        self._half = Neighbourhoods(self._real[half])
+        self.labels = data.labels[:_MOST_SAMPLES][other]
+        self.floors = {"fid": self._mean_over_splits(lambda other: self._real[other])}
+        self.floors |= self._distances(self._real[half], self._real[other])
 
-    def _standardise(self, features: Tensor) -> Tensor:
-        standardised: Tensor = (features[:, self._alive] - self._mean) / self._std
-        return standardised.cpu()
+    def _measure(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features, probabilities = self._classifier(images)
+        return features if self._features is None else self._features(images), probabilities
+
+    def _scaled(self, features: Tensor) -> Tensor:
+        if self._features is None:
+            features = (features[:, self._alive] - self._mean) / self._std
+        return features.cpu()
 
     def _mean_over_splits(self, other: Callable[[Tensor], Tensor]) -> float:
         distances = [frechet_distance(self._real[one], other(two)) for one, two in self._splits]
         return sum(distances) / len(distances)
 
+    def _distances(self, real: Tensor, fake: Tensor) -> dict[str, float]:
+        kid, _ = kernel_distance(real, fake)
+        spread = float(fake.var(0).sum() / self._half.points.var(0).sum())
+        return {"kid": kid, **neighbourhood_scores(self._half, Neighbourhoods(fake)), "spread": spread}
+
     def __call__(self, images: Tensor) -> dict[str, float]:
         """Score this process's share of the images generated for :attr:`labels`, together with the others' shares."""
-        features, probabilities = (gather_shares(part, self._fabric) for part in self._extractor(images))
-        fake, (confidence, predicted) = self._standardise(features), probabilities.cpu().max(1)
-        sure = confidence > 0.9
-        kid, _ = kernel_distance(self._real, fake)
-        return {
-            "val/fid": self._mean_over_splits(lambda half: fake),
-            "val/fid_floor": self.floor,
-            "val/kid": kid,
-            "val/coverage": coverage(self._real, fake),
-            "val/confident_as_asked": (sure & (predicted == self.labels)).float().mean().item(),
-            "val/classes": float(len(predicted[sure].unique())),
+        features, probabilities = (gather_shares(part, self._fabric) for part in self._measure(images))
+        fake, (confidence, predicted) = self._scaled(features), probabilities.cpu().max(1)
+        scores = {
+            "fid": self._mean_over_splits(lambda half: fake),
+            "fid_floor": self.floors["fid"],
+            **self._distances(self._real, fake),
         }
+        if len(self._shares) > 1:
+            sure = confidence > 0.9
+            scores |= {
+                "confident_as_asked": (sure & (predicted == self.labels)).float().mean().item(),
+                "classes": float(len(predicted[sure].unique())),
+                **class_scores(predicted, self._shares),
+            }
+        return {f"val/{name}": value for name, value in scores.items()}
+
+
+def frechet_distance(real: Tensor, fake: Tensor) -> float:
+    """FID (Heusel et al. 2017, eq. 6) between features ``[N, F]`` and ``[M, F]``, computed in float64."""
+    (mean, covariance), (other_mean, other_covariance) = (_moments(features.double()) for features in (real, fake))
+    # With S = R R^T, the eigenvalues of S S' are those of R^T S' R, which is symmetric: real, and ten times as fast.
+    values, vectors = torch.linalg.eigh(covariance)
+    root = vectors * values.clamp_min(0).sqrt()
+    cross = torch.linalg.eigvalsh(root.T @ other_covariance @ root).clamp_min(0).sqrt().sum()
+    means = (mean - other_mean).square().sum()
+    return float(means + covariance.trace() + other_covariance.trace() - 2 * cross)
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    return features.mean(0), torch.atleast_2d(features.T.cov())
 
 
 class _Features(nn.Module):
@@ -73,14 +117,6 @@ class _Features(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return features
-
-
-def frechet_distance(real: Tensor, fake: Tensor) -> float:
-    """FID (Heusel et al. 2017, eq. 6) between features ``[N, F]`` and ``[M, F]``."""
-    metric = FrechetInceptionDistance(feature=_Features(real.shape[1]), sync_on_compute=False)
-    metric.update(real, real=True)
-    metric.update(fake, real=False)
-    return float(metric.compute())
 
 
 def kernel_distance(real: Tensor, fake: Tensor, *, subsets: int = 20, most: int = 500) -> tuple[float, float]:
@@ -101,14 +137,3 @@ def kernel_distance(real: Tensor, fake: Tensor, *, subsets: int = 20, most: int 
         torch.manual_seed(0)
         mean, deviation = metric.compute()
     return float(mean), float(deviation)
-
-
-def coverage(real: Tensor, fake: Tensor, k: int = 3) -> float:
-    """The share of real features with a generated one nearer than their k-th real neighbour (Naeem et al. 2020, eq. 9).
-
-    ``real`` is ``[N, F]`` and ``fake`` ``[M, F]``, both on one device.
-    """
-    distances = torch.cdist(real, real).fill_diagonal_(float("inf"))
-    radius = distances.kthvalue(k, dim=1).values
-    nearest = torch.cdist(real, fake).min(1).values
-    return (nearest <= radius).float().mean().item()

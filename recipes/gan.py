@@ -13,6 +13,7 @@ of the samples recognised as the class asked for. Nothing here compiles: the pen
 
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -39,16 +40,19 @@ from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
 from lightning_custom.config import RunConfig, read_config, require_at_least, with_run_dir
 from lightning_custom.data import Batches
-from lightning_custom.datasets import Images, digits, fashion_mnist
+from lightning_custom.datasets import Images
 from lightning_custom.distributed import mean_gradients_, take_share
 from lightning_custom.ema import EMA
 from lightning_custom.errors import ConfigError
-from lightning_custom.extractor import fit_extractor
 from lightning_custom.generation import GenerationScores
+from lightning_custom.image_data import ImageData, image_classifier, load_image_data
 from lightning_custom.image_networks import discriminator_network, generator_network
+from lightning_custom.inception import inception_features
 from lightning_custom.launch import launch
+from lightning_custom.logits import show_logits
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import MetricLogger
+from lightning_custom.mode_collapse import mode_collapse
 from lightning_custom.parts import Part, parts, require_parts
 from lightning_custom.penalties import Judge, Verdict, penalties
 from lightning_custom.pictures import image_grid
@@ -142,10 +146,14 @@ class GANConfig(RunConfig):
     """Early on the half-life is at most this share of the images seen; 0: no ramp."""
     threads: int | None = 1
     """CPU threads of each process: one is fastest for the small networks of the default."""
-    data: Literal["digits", "fashion-mnist"] = "digits"
-    """Data set: digits comes with scikit-learn, fashion-mnist is read from data_root."""
+    data: ImageData = "digits"
+    """Data set: digits comes with scikit-learn, the others are read from data_root."""
     data_root: str | None = None
-    """Directory that holds FashionMNIST/raw."""
+    """Directory in torchvision's layout (FashionMNIST/raw, ...); for folder, any that holds images."""
+    image_size: int = 0
+    """Side that images are padded or resized to; 0: as they come, a folder's to 32."""
+    features: Literal["classifier", "inception"] = "classifier"
+    """What FID and its like are measured in; inception needs the extra of that name and a download."""
     network: Literal["mlp", "conv", "dcgan", "residual"] = "mlp"
     """Networks without normalisation: fully connected; two convolutions; as in DCGAN; with R3GAN's residual blocks."""
     width: int = 128
@@ -196,6 +204,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "data": "fashion-mnist", "network": "conv", "width": 32, "latent_size": 64, "steps": 5000,
         "validate_every": 1000, "checkpoint_every": 1000, "log_every": 50,
         "threads": None,
+    },
+    # On one core of a CPU in minutes; the page has what each loss reaches with it.
+    "fashion-mnist-small": {
+        "data": "fashion-mnist", "image_size": 32, "network": "conv", "width": 16, "batch_size": 32,
+        "latent_size": 64, "steps": 2000, "ema_half_life": 5000.0,
     },
 }  # fmt: skip
 
@@ -322,7 +335,10 @@ def train(
             metrics.update(losses | ({"ada/p": ada.p, "ada/r": ada.r} if config.ada else {}))
             progress.show(state.step)
             if due(state.step, config.log_every, last=config.steps):
-                progress.report(state.step, metrics.flush(state.step, rate_tags(config, state.step - 1)))
+                known = show_logits(fabric, metrics, state.step, *verdict.logits.chunk(2)) | rate_tags(
+                    config, state.step - 1
+                )
+                progress.report(state.step, metrics.flush(state.step, known))
             validation = {}
             if due(state.step, config.validate_every, last=config.steps):
                 validation = validate(fabric, config, state, scores)
@@ -457,7 +473,11 @@ def validate(fabric: Fabric, config: GANConfig, state: GANState, scores: Scores 
     if images.dim() == 4 and images.shape[1] in (1, 3):
         grid = image_grid((images + 1) / 2, columns, scale=max(1, 32 // images.shape[-1]))
         state.metrics.image(state.step, "samples", grid)
-    return {} if scores is None else scores(sample)
+    found = {} if scores is None else scores(sample)
+    # Before the data has been seen once, samples that are all alike are the beginning.
+    if fabric.global_rank == 0 and state.batches.passes >= 1 and (warning := mode_collapse(found)):
+        warnings.warn(f"step {state.step}: {warning}", stacklevel=2)
+    return found
 
 
 def main(config: GANConfig) -> str:
@@ -469,7 +489,8 @@ def main(config: GANConfig) -> str:
     if config.num_classes not in (0, data.num_classes):
         raise ConfigError(f"num_classes: {config.num_classes}; {config.data} has {data.num_classes}, or use 0 for none")
     generator, discriminator = networks(config, data)
-    scorer = GenerationScores(fabric, data, fit_extractor(fabric, data))
+    features = inception_features(fabric) if config.features == "inception" else None
+    scorer = GenerationScores(fabric, data, image_classifier(fabric, config.data, data), features=features)
 
     def scores(sample: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
         generator = torch.Generator().manual_seed(config.seed + 1)
@@ -493,8 +514,8 @@ def main(config: GANConfig) -> str:
 
 
 def load_data(config: GANConfig) -> Images:
-    """The data set that the config names; Fashion-MNIST's training part."""
-    return digits() if config.data == "digits" else fashion_mnist(config.data_root)
+    """The data set that the config names; its training part where it has parts."""
+    return load_image_data(config.data, config.data_root, config.image_size)
 
 
 def networks(config: GANConfig, data: Images) -> tuple[nn.Module, nn.Module]:
@@ -520,11 +541,17 @@ def summary(config: GANConfig, state: GANState, rate: float, preparing: float, t
     if not scores:
         print(f"run: {config.run_dir} was complete already, at step {state.step}; a larger --steps goes on")
         return
+    classes = ""
+    if "val/modes" in scores:
+        classes = f"classes {scores['val/modes']:.0f}   reverse KL {scores['val/reverse_kl']:.3f}"
+        if config.num_classes:
+            classes += f"   recognised as asked {scores['val/confident_as_asked']:.1%}"
+        classes += "\n"
     print(
         f"\nFID {scores['val/fid']:.3f} (one real half against the other: {scores['val/fid_floor']:.3f})\n"
-        f"KID {scores['val/kid']:.4f}   coverage {scores['val/coverage']:.3f}\n"
-        f"classes {scores['val/classes']:.0f} of {config.num_classes}   "
-        f"recognised as asked {scores['val/confident_as_asked']:.1%}\n"
+        f"KID {scores['val/kid']:.4f}   precision {scores['val/precision']:.3f}   recall {scores['val/recall']:.3f}   "
+        f"density {scores['val/density']:.3f}   coverage {scores['val/coverage']:.3f}\n"
+        f"{classes}"
         f"{rate * config.batch_size:,.0f} images/s   {training:.1f} s training, "
         f"{preparing:.1f} s for data and feature extractor\n"
         f"run: {config.run_dir}\n"

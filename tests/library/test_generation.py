@@ -3,9 +3,10 @@ import pytest
 import scipy.linalg
 import torch
 from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from lightning_custom.datasets import Images
-from lightning_custom.generation import GenerationScores, coverage, frechet_distance, kernel_distance
+from lightning_custom.generation import GenerationScores, frechet_distance, kernel_distance
 from lightning_custom.testing import in_processes, single_process
 
 
@@ -63,21 +64,15 @@ def test_kid_draws_its_subsets_by_a_seed_of_its_own():
     assert first[1] > 0
 
 
-@pytest.mark.parametrize("k", [1, 3])
-def test_coverage_is_its_definition(k):
-    real, fake = torch.randn(30, 2), torch.randn(20, 2) + 0.8
-    covered = 0
-    for i, point in enumerate(real):
-        radius = sorted((point - other).norm().item() for j, other in enumerate(real) if j != i)[k - 1]
-        covered += min((point - other).norm().item() for other in fake) <= radius
-    assert coverage(real, fake, k) == pytest.approx(covered / 30)
-    assert 0 < covered < 30
+class Passed(nn.Module):
+    """Features that are there already."""
 
+    def __init__(self, num_features):
+        super().__init__()
+        self.num_features = num_features
 
-def test_coverage_is_whole_for_the_real_points_and_nothing_for_far_ones():
-    real = torch.randn(30, 2)
-    assert coverage(real, real) == 1.0
-    assert coverage(real, real + 100) == 0.0
+    def forward(self, features):
+        return features
 
 
 class Pixels(nn.Module):
@@ -109,13 +104,13 @@ def test_good_samples_reach_the_floor_and_bad_ones_do_not():
     scorer = GenerationScores(single_process(), data(), Pixels())
     assert len(scorer.labels) == 45
     good = scorer(matching(scorer))
-    assert good["val/fid_floor"] == scorer.floor
-    assert good["val/fid"] < 3 * scorer.floor
+    assert good["val/fid_floor"] == scorer.floors["fid"]
+    assert good["val/fid"] < 3 * scorer.floors["fid"]
     assert good["val/classes"] == 3
     assert good["val/confident_as_asked"] == 1.0
     assert good["val/coverage"] > 0.7
     same = scorer(torch.eye(4)[:1].view(1, 1, 2, 2).repeat(45, 1, 1, 1))  # one class alone
-    assert same["val/fid"] > 10 * scorer.floor
+    assert same["val/fid"] > 10 * scorer.floors["fid"]
     assert same["val/classes"] == 1
     assert same["val/confident_as_asked"] == pytest.approx((scorer.labels == 0).float().mean().item())
     assert same["val/coverage"] < 0.4
@@ -158,3 +153,51 @@ def test_two_processes_score_as_one():
     expected = scorer(matching(scorer))
     for result in in_processes(work, 2):
         assert result == expected
+
+
+def test_fid_is_torchmetrics():
+    metric = FrechetInceptionDistance(feature=Passed(5))
+    real, fake = torch.randn(300, 5), 1.5 * torch.randn(200, 5) + 0.3
+    metric.update(real, real=True)
+    metric.update(fake, real=False)
+    assert frechet_distance(real, fake) == pytest.approx(metric.compute().item(), rel=1e-4)
+
+
+def test_fid_of_fewer_samples_than_features_is_scipys():
+    generator = np.random.default_rng(0)
+    real, fake = generator.standard_normal((12, 20)), generator.standard_normal((15, 20)) + 0.2
+    root = scipy.linalg.sqrtm(np.cov(real.T) @ np.cov(fake.T) + 1e-12 * np.eye(20)).real
+    expected = ((real.mean(0) - fake.mean(0)) ** 2).sum()
+    expected += np.trace(np.cov(real.T) + np.cov(fake.T) - 2 * root)
+    assert frechet_distance(torch.from_numpy(real), torch.from_numpy(fake)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_floors_are_the_scores_of_the_other_real_half():
+    images = data()
+    scorer = GenerationScores(single_process(), images, Pixels())
+    other = scorer._splits[0][1]
+    found = scorer(images.images[other])
+    for name in ("precision", "recall", "density", "coverage", "spread"):
+        assert found[f"val/{name}"] == pytest.approx(scorer.floors[name])
+    assert scorer.floors["spread"] == pytest.approx(1, abs=0.2)
+
+
+def test_features_of_another_module_are_taken_as_they_are():
+    def features(images):
+        return 100 * images.flatten(1)[:, :2] + 7
+
+    images = data()
+    scorer = GenerationScores(single_process(), images, Pixels(), features=features)
+    fake = matching(scorer)
+    found = scorer(fake)
+    halves = [features(images.images)[half] for half, _ in scorer._splits]
+    expected = sum(frechet_distance(half, features(fake)) for half in halves) / 5
+    assert found["val/fid"] == pytest.approx(expected, rel=1e-5)
+    assert found["val/classes"] == 3  # those are still the classifier's
+
+
+def test_data_of_one_class_has_no_scores_of_classes():
+    scorer = GenerationScores(single_process(), data()._replace(labels=torch.zeros(90).long(), num_classes=1), Pixels())
+    found = scorer(matching(scorer))
+    assert {"val/fid", "val/kid", "val/precision", "val/recall", "val/density", "val/coverage"} <= found.keys()
+    assert not {"val/classes", "val/confident_as_asked", "val/modes", "val/reverse_kl"} & found.keys()
