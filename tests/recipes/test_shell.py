@@ -169,7 +169,8 @@ def test_no_recipe_imports_a_recipe(path):
 
 ALLOWED = {
     "ale_py", "gymnasium", "jsonargparse", "lightning", "lightning_custom", "lightning_utilities", "mujoco", "numpy",
-    "PIL", "scipy", "sklearn", "tensorboard", "torch", "torch_fidelity", "torchjd", "torchmetrics", "torchvision", "tqdm", "yaml",
+    "PIL", "scipy", "sklearn", "tensorboard", "torch", "torch_fidelity", "torchjd", "torchmetrics",
+    "torchvision", "tqdm", "yaml",
 }  # fmt: skip
 
 
