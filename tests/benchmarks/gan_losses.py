@@ -23,6 +23,7 @@ from lightning_custom.class_scores import class_scores
 from lightning_custom.image_data import image_classifier
 from lightning_custom.metrics import read_rows
 from lightning_custom.run import CHECKPOINTS
+from lightning_custom.sampling import sampler
 from lightning_custom.storage import saved_steps
 from lightning_custom.testing import single_process
 from recipes import gan
@@ -78,7 +79,9 @@ def modes(config: gan.GANConfig, samples: int = MODE_SAMPLES) -> dict[str, float
     predicted = []
     for part in torch.zeros(samples).split(1000):
         latents = torch.randn(len(part), config.latent_size, generator=draw)
-        images = gan.sampler(config, generator, torch.device("cpu"))(latents, torch.zeros(len(part), dtype=torch.long))
+        images = sampler(generator, conditional=config.num_classes > 0, device=torch.device("cpu"))(
+            latents, torch.zeros(len(part), dtype=torch.long)
+        )
         predicted.append(classify(images)[1].argmax(1))
     return class_scores(torch.cat(predicted), torch.full((data.num_classes,), 1 / data.num_classes))
 

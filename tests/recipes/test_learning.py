@@ -8,6 +8,7 @@ import torch
 from lightning_custom.extractor import fit_extractor
 from lightning_custom.generation import GenerationScores
 from lightning_custom.metrics import read_rows
+from lightning_custom.sampling import sampler
 from lightning_custom.testing import single_process
 from recipes import adversarial_training, classification, gan, maml, multitask, ppo, reinforce
 
@@ -23,7 +24,7 @@ def test_400_steps_bring_the_gans_fid_to_a_twentieth_of_the_untrained_one(tmp_pa
     untrained, _ = gan.networks(config, data)
     scorer = GenerationScores(fabric, data, fit_extractor(fabric, data))
     latents = torch.randn(len(scorer.labels), config.latent_size, generator=torch.Generator().manual_seed(0))
-    before = scorer(gan.sampler(config, untrained, fabric.device)(latents, scorer.labels))
+    before = scorer(sampler(untrained, conditional=True, device=fabric.device)(latents, scorer.labels))
 
     after = final_scores(config)
     assert after["val/fid"] < before["val/fid"] / 20
