@@ -15,7 +15,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, get_args
@@ -23,6 +23,7 @@ from typing import Any, get_args
 import torch
 
 from lightning_custom.checkpoint import read_best
+from lightning_custom.datasets import Images
 from lightning_custom.errors import ConfigError, NonFiniteError, SolverError
 from lightning_custom.metrics import STEPS_PER_SECOND, read_rows
 from lightning_custom.multitask.conflict import delta_m
@@ -65,6 +66,12 @@ def run(preset: str, method: str, seed: int, fields: dict[str, Any]) -> dict[str
         return found
 
 
+@cache
+def train_data(name: str, data_root: str | None) -> Images:
+    """What to train on, read once for all that are timed."""
+    return multitask.load_data(multitask.MultitaskConfig(data=name, data_root=data_root))[0]
+
+
 def step_seconds(preset: str, method: str, fields: dict[str, Any], steps: int = 60) -> float:
     """Seconds of a step of the recipe, everything around it included: the median of parts of ten."""
     chosen = {"only": method.removeprefix("only "), "method": "equal"} if method in ALONE else {"method": method}
@@ -74,7 +81,7 @@ def step_seconds(preset: str, method: str, fields: dict[str, Any], steps: int = 
             **multitask.PRESETS[preset] | fields | chosen | shell | {"schedule": "constant", "run_dir": folder}
         )
         torch.set_num_threads(1)
-        data, _, _ = multitask.load_data(config)
+        data = train_data(config.data, config.data_root)
         trunk, heads = multitask.networks(config, data)
         losses = dict.fromkeys(heads, multitask.sample_entropies)
         dataset = multitask.dataset(config, data)
@@ -83,7 +90,7 @@ def step_seconds(preset: str, method: str, fields: dict[str, Any], steps: int = 
     return 1 / median(rates[1:])
 
 
-def times(preset: str, methods: list[str], fields: dict[str, Any], rounds: int = 5) -> str:
+def times(preset: str, methods: list[str], fields: dict[str, Any], rounds: int) -> str:
     """A table of every method's step, in interleaved rounds, beside that of equal weighting."""
     order = ["equal", *(method for method in methods if method != "equal")]
     contenders = {method: partial(step_seconds, preset, method, fields) for method in order}
@@ -149,16 +156,17 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--times", action="store_true", help="time a step of each in place of training")
+    parser.add_argument("--rounds", type=int, default=5, help="of timing")
     words = parser.parse_args()
+    budget = {"steps": words.steps, "batch_size": words.batch_size}
+    fields = {"data_root": words.data_root, **{name: value for name, value in budget.items() if value is not None}}
     if words.times:
-        print(times(words.preset, list(words.methods), {"data_root": words.data_root}))
+        print(times(words.preset, list(words.methods), fields, words.rounds))
         print(machine())
         return
     if words.out is None:
         parser.error("--out is needed")
     lines = Lines(words.out)
-    budget = {"steps": words.steps, "batch_size": words.batch_size}
-    fields = {"data_root": words.data_root, **{name: value for name, value in budget.items() if value is not None}}
     fields["lr"] = words.lr or tuned_rate(words.preset, fields, lines, words.rates)
     found = {method: [] for method in dict.fromkeys((*ALONE, *words.methods))}
     for seed in range(words.seeds):
