@@ -54,11 +54,28 @@ def mnist(data_root: str | None, *, train: bool = True) -> Images:
 
 
 def cifar10(data_root: str | None, *, train: bool = True) -> Images:
-    """CIFAR-10 (Krizhevsky 2009) through torchvision, which reads or downloads ``DATA_ROOT/cifar-10-batches-py``."""
+    """CIFAR-10 (Krizhevsky 2009) from ``DATA_ROOT/cifar-10-batches-bin``, its authors' binary version.
+
+    Where that is missing, torchvision reads or downloads ``DATA_ROOT/cifar-10-batches-py`` if it is installed.
+    """
     data_root = _require_root("cifar10", data_root)
-    data = _torchvision("CIFAR10", data_root, train, f"put CIFAR-10 into {data_root}/cifar-10-batches-py")
+    folder = Path(data_root) / "cifar-10-batches-bin"
+    if folder.is_dir():
+        names = [f"data_batch_{number}.bin" for number in range(1, 6)] if train else ["test_batch.bin"]
+        rows = np.concatenate([_read_rows(folder / name, 1 + 3 * 32 * 32) for name in names])
+        labels, pixels = rows[:, 0].astype(np.int64), rows[:, 1:].reshape(-1, 3, 32, 32)
+        return Images(torch.from_numpy(pixels).float() / 127.5 - 1, torch.from_numpy(labels), 10)
+    data = _torchvision("CIFAR10", data_root, train, f"put its binary version into {folder}")
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).float() / 127.5 - 1
     return Images(images.contiguous(), torch.tensor(data.targets), 10)
+
+
+def _read_rows(path: Path, size: int) -> np.ndarray:
+    """``[N, size]`` bytes."""
+    try:
+        return np.frombuffer(path.read_bytes(), np.uint8).reshape(-1, size).copy()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data_root: {path} is damaged ({error}); delete it and fetch it again") from error
 
 
 def load_images(name: str, data_root: str | None, *, train: bool = True) -> Images:

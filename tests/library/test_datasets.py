@@ -323,3 +323,36 @@ def test_overlaid_images_can_be_told_apart():
 def test_a_canvas_smaller_than_the_images_is_refused():
     with pytest.raises(ConfigError, match="size: 7; the images are 8x8, give at least 8"):
         overlaid(digits(), 7)
+
+
+@pytest.fixture
+def cifar_root(tmp_path):
+    """CIFAR-10's binary version, two images a file; the first pixel of image k has the colours k, 10 + k, 20 + k."""
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    for number, name in enumerate([*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]):
+        rows = np.zeros((2, 3073), np.uint8)
+        for row, place in enumerate((2 * number, 2 * number + 1)):
+            rows[row, [0, 1, 1025, 2049]] = place % 10, place, 10 + place, 20 + place
+        (folder / name).write_bytes(rows.tobytes())
+    return tmp_path
+
+
+def test_cifar10_is_read_without_torchvision(cifar_root, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    train, test = (load_images("cifar10", str(cifar_root), train=part) for part in (True, False))
+    assert (train.images.shape, test.images.shape) == ((10, 3, 32, 32), (2, 3, 32, 32))
+    assert (train.labels.tolist(), test.labels.tolist()) == (list(range(10)), [0, 1])
+    colours = torch.stack([torch.arange(10), 10 + torch.arange(10), 20 + torch.arange(10)], dim=1)
+    torch.testing.assert_close(train.images[:, :, 0, 0], colours / 127.5 - 1)
+    assert (train.images[:, :, 0, 1:] == -1).all()
+
+
+def test_a_damaged_or_missing_cifar10_is_named_with_the_remedy(cifar_root, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    path = cifar_root / "cifar-10-batches-bin" / "data_batch_3.bin"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ConfigError, match=rf"data_root: {path} is damaged .*delete it and fetch it again"):
+        load_images("cifar10", str(cifar_root))
+    with pytest.raises(ConfigError, match="put its binary version into nowhere/cifar-10-batches-bin, or install"):
+        load_images("cifar10", "nowhere")
