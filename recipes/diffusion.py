@@ -67,17 +67,17 @@ class DiffusionConfig(RunConfig):
     """Steps between two validations; 0: only at the end."""
     checkpoint_every: int = 1000
     """Steps between two checkpoints; 0: only at the end or when stopped."""
-    prediction: Prediction = "v"
+    prediction: Prediction = "sample"
     """What the denoiser says of a noisy sample: v, its noise (epsilon), or the clean sample."""
     noise_schedule: Schedule = "cosine"
     """Course of the noise over time."""
-    min_snr: float = 0.0
-    """Gamma of min-SNR weights of the loss, 5 in the paper; 0: all times weigh alike, in terms of the prediction."""
+    min_snr: float = 5.0
+    """Gamma of min-SNR weights of the loss; 0: errors of the prediction weigh alike at all times."""
     self_conditioning: bool = True
     """Give the denoiser its own estimate of the clean sample: of half of the samples in training, always after the
     first step of sampling."""
     bound: float = 1.0
-    """Largest absolute value of an estimate of a sample, for data within it; 0: any."""
+    """Largest absolute value of an estimate of a sample, for data within it; 0: any, which epsilon does not bear."""
     batch_size: int = 64
     """Samples of an update, over all processes."""
     num_classes: int = 10
@@ -102,7 +102,7 @@ class DiffusionConfig(RunConfig):
     """Steps from noise to a sample, in validation."""
     eta: float = 0.0
     """Share of fresh noise in each of them: 0 is DDIM, 1 ancestral sampling."""
-    guidance: float = 0.5
+    guidance: float = 0.25
     """Weight of classifier-free guidance in validation; 0: none."""
     val_images: int = 10_000
     """Real images to compare with, half of them at a time, and twice as many as are generated; at most 10,000."""
@@ -134,6 +134,11 @@ class DiffusionConfig(RunConfig):
         if self.eta > 1 or self.label_dropout > 1:
             name = "eta" if self.eta > 1 else "label_dropout"
             raise ConfigError(f"{name}: {getattr(self, name)}; it must be at most 1")
+        if self.prediction == "epsilon" and self.noise_schedule == "cosine" and not self.bound:
+            raise ConfigError(
+                "bound: 0.0, but an estimate by epsilon is divided by the signal, of which cosine leaves nothing at "
+                "time 1; give the data's largest absolute value, or --prediction v"
+            )
         if self.guidance and self.num_classes and not self.label_dropout:
             raise ConfigError(
                 f"guidance: {self.guidance}, but the denoiser never works without a label; raise label_dropout, or set "
@@ -237,14 +242,15 @@ def train(
 
 
 class Drawn(NamedTuple):
-    """What is random in a step; times are on the CPU, where coefficients are computed from them."""
+    """What is random in a step."""
 
     times: Tensor
+    """``[B]`` on the CPU, where coefficients are computed from them."""
     noise: Tensor
     unlabelled: Tensor
     """Truth values ``[B]``: which samples come without their label."""
     half: Tensor
-    """Places of the samples that get an estimate."""
+    """Places of the samples that get an estimate, on the CPU, so that their number is known there."""
 
 
 def draw_noise(fabric: Fabric, config: DiffusionConfig, samples: Tensor, draw: torch.Generator) -> Drawn:
@@ -255,14 +261,12 @@ def draw_noise(fabric: Fabric, config: DiffusionConfig, samples: Tensor, draw: t
     times, noise, unlabelled, half = (
         part.tensor_split(fabric.world_size)[fabric.global_rank] for part in (times, noise, unlabelled, half)
     )
-    places = half.nonzero().squeeze(1)
-    return Drawn(times, noise.to(samples), unlabelled.to(samples.device), places.to(samples.device))
+    return Drawn(times, noise.to(samples), unlabelled.to(samples.device), half.nonzero().squeeze(1))
 
 
 def first_estimates(process: Diffusion, own: Bare, noisy: Tensor, labels: Tensor | None, drawn: Drawn) -> Tensor:
     """The denoiser's estimates ``[B, ...]`` of half of the clean samples, given zeros for estimates; zeros else."""
-    half, times = drawn.half, drawn.times[drawn.half.cpu()]
-    blank = torch.zeros_like(noisy)
+    half, times, blank = drawn.half.to(noisy.device), drawn.times[drawn.half], torch.zeros_like(noisy)
     with torch.no_grad():
         found = own(noisy[half], times.to(noisy), None if labels is None else labels[half], blank[half])
         found = process.estimate(found, noisy[half], times)

@@ -537,9 +537,9 @@ CASES = [
             **{"depth": 1, "warmup_steps": 5, "schedule": "constant", "sample_steps": 3},
         ),
         variants={
-            "epsilon-linear": {"prediction": "epsilon", "noise_schedule": "linear"},
-            "sample-min-snr": {"prediction": "sample", "min_snr": 5.0},
-            "min-snr": {"min_snr": 5.0, "clip_norm": 0.0},
+            "epsilon-linear": {"prediction": "epsilon", "noise_schedule": "linear", "min_snr": 0.0},
+            "v": {"prediction": "v", "min_snr": 0.0},
+            "v-min-snr": {"prediction": "v", "clip_norm": 0.0},
             "no-self-conditioning": {"self_conditioning": False},
             "unconditional": {"num_classes": 0, "bound": 0.0},
             "ancestral": {"eta": 1.0, "guidance": 0.0},
