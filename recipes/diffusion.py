@@ -182,9 +182,10 @@ def train(
     process = Diffusion(config.noise_schedule, config.prediction, config.bound)
     if config.compile:
         denoiser.compile()
-    denoiser, optimizer = fabric.setup(denoiser, Adam(denoiser.parameters(), config.lr, fused=can_fuse(fabric)))
+    denoiser = fabric.setup_module(denoiser)
     if is_sharded(unwrap(denoiser)):
         raise ConfigError("strategy: fsdp leaves no process with the weights to average; use ddp, or auto")
+    optimizer: Any = fabric.setup_optimizers(Adam(denoiser.parameters(), config.lr, fused=can_fuse(fabric)))
     own = Bare(unwrap(denoiser), fabric.strategy.precision)
     predict = denoiser if averages_by_itself(fabric) else own
     average = EMA(denoiser, half_life=config.ema_half_life, ramp=config.ema_ramp)
