@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from lightning_custom.config import RunConfig
 from lightning_custom.datasets import Images, digits, overlaid
-from lightning_custom.distributed import take_share
+from lightning_custom.distributed import gather_shares, take_share
 from lightning_custom.environments.makers import MakeEnvironment
 from lightning_custom.few_shot import Sampler
 from lightning_custom.multitask.methods import Method
@@ -32,6 +32,7 @@ from lightning_custom.tasks import FewShot, Sinusoids
 from recipes import (
     adversarial_training,
     classification,
+    diffusion,
     dqn,
     gan,
     imaml,
@@ -81,6 +82,21 @@ def run_gan(fabric: Fabric, config: gan.GANConfig) -> gan.GANState:
     return gan.train(
         fabric, config, generator=generator, discriminator=discriminator, dataset=data.dataset(), scores=scores
     )
+
+
+def run_diffusion(fabric: Fabric, config: diffusion.DiffusionConfig) -> diffusion.DiffusionState:
+    # A size that batches do not divide, and a number of samples that two processes do not.
+    images, labels, num_classes = digits()
+    size = 11 * config.batch_size + 2
+    data = Images(images[:size], labels[:size], num_classes)
+
+    def scores(generate: diffusion.Generate) -> dict[str, float]:
+        noise = torch.randn(21, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+        samples = gather_shares(generate(noise, data.labels[:21]), fabric)
+        return {"val/fid": float((samples.mean() - data.images.mean()).abs())}
+
+    denoiser = diffusion.network(config, data)
+    return diffusion.train(fabric, config, denoiser=denoiser, dataset=data.dataset(), scores=scores)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -511,6 +527,26 @@ CASES = [
             "schedules": {"g_schedule": "cosine", "d_schedule": "linear", "warmup_steps": 5, "penalty_every": 2},
         },
         preset=gan.GANConfig(**gan.PRESETS["digits"] | {"steps": 30}),
+    ),
+    Case(
+        name="diffusion",
+        module="recipes.diffusion",
+        run=run_diffusion,
+        config=diffusion.DiffusionConfig(
+            **{"steps": 30, "log_every": 4, "validate_every": 10, "checkpoint_every": 8, "batch_size": 6, "width": 8},
+            **{"depth": 1, "warmup_steps": 5, "schedule": "constant", "sample_steps": 3},
+        ),
+        variants={
+            "epsilon-linear": {"prediction": "epsilon", "noise_schedule": "linear", "min_snr": 0.0},
+            "v": {"prediction": "v", "min_snr": 0.0},
+            "v-min-snr": {"prediction": "v", "clip_norm": 0.0},
+            "no-self-conditioning": {"self_conditioning": False},
+            "unconditional": {"num_classes": 0, "bound": 0.0},
+            "ancestral": {"eta": 1.0, "guidance": 0.0},
+            "unet": {"network": "unet", "patch": 2},
+            "cosine": {"schedule": "cosine", "decay_steps": 20},
+        },
+        preset=diffusion.DiffusionConfig(**diffusion.PRESETS["digits"] | {"steps": 30}),
     ),
     Case(
         name="classification",

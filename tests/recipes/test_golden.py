@@ -20,6 +20,7 @@ from lightning_custom.testing import single_process
 from recipes import (
     adversarial_training,
     classification,
+    diffusion,
     dqn,
     gan,
     imaml,
@@ -41,6 +42,13 @@ def train_gan(fabric, run_dir):
     data = gan.load_data(config)
     generator, discriminator = gan.networks(config, data)
     gan.train(fabric, config, generator=generator, discriminator=discriminator, dataset=data.dataset())
+    return config
+
+
+def train_diffusion(fabric, run_dir):
+    config = diffusion.DiffusionConfig(run_dir=str(run_dir), stop_at=STEPS, log_every=1, accelerator="cpu")
+    data = diffusion.load_data(config)
+    diffusion.train(fabric, config, denoiser=diffusion.network(config, data), dataset=data.dataset())
     return config
 
 
@@ -133,6 +141,7 @@ def train_reinforce(fabric, run_dir):
 
 RECIPES = {
     "gan": train_gan,
+    "diffusion": train_diffusion,
     "classification": train_classification,
     "adversarial_training": train_adversarial_training,
     "maml": train_maml,

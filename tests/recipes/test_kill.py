@@ -22,6 +22,7 @@ COMMON = (
 )
 RECIPES = {
     "gan": ("--batch_size", 8, "--latent_size", 4),
+    "diffusion": ("--batch_size", 8, "--depth", 1, "--sample_steps", 2, "--schedule", "constant"),
     "classification": (
         *("--batch_size", 8, "--sam", 0.05, "--mixup", 0.2, "--average", "ema", "--schedule", "constant"),
     ),
