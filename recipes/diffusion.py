@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
@@ -45,7 +46,6 @@ from lightning_custom.precision import Bare, unwrap
 from lightning_custom.progress import Progress
 from lightning_custom.run import CHECKPOINTS, CONFIG
 from lightning_custom.sampling import write_samples
-from lightning_custom.sharded import is_sharded
 from lightning_custom.storage import saved_steps
 
 Generate = Callable[[Tensor, Tensor], Tensor]
@@ -182,10 +182,9 @@ def train(
     process = Diffusion(config.noise_schedule, config.prediction, config.bound)
     if config.compile:
         denoiser.compile()
-    denoiser = fabric.setup_module(denoiser)
-    if is_sharded(unwrap(denoiser)):
+    if isinstance(fabric.strategy, (FSDPStrategy, ModelParallelStrategy)):
         raise ConfigError("strategy: fsdp leaves no process with the weights to average; use ddp, or auto")
-    optimizer: Any = fabric.setup_optimizers(Adam(denoiser.parameters(), config.lr, fused=can_fuse(fabric)))
+    denoiser, optimizer = fabric.setup(denoiser, Adam(denoiser.parameters(), config.lr, fused=can_fuse(fabric)))
     own = Bare(unwrap(denoiser), fabric.strategy.precision)
     predict = denoiser if averages_by_itself(fabric) else own
     average = EMA(denoiser, half_life=config.ema_half_life, ramp=config.ema_ramp)
