@@ -1,9 +1,11 @@
 """Returns of recipes.ppo and of stable-baselines3's PPO while they train, with the settings of a preset.
 
     python -m tests.benchmarks.ppo_returns halfcheetah --env_steps 200704 --seeds 0 --out curves.jsonl
+    python -m tests.benchmarks.ppo_returns speed --env_steps 100352 --seeds 0 1 2 --out curves.jsonl
 
 Both are scored on the same episodes after the same environment steps, by the most probable actions and with frozen
-statistics. One line a run is added to the file, which ``docs/figures/ppo_curves.py`` draws.
+statistics. ``speed`` is not a preset, but the settings of :mod:`tests.benchmarks.ppo_speed` with 4 environments. One
+line a run is added to the file, which ``docs/figures/ppo_curves.py`` draws.
 """
 
 import argparse
@@ -25,13 +27,15 @@ from lightning_custom.launch import launch
 from lightning_custom.metrics import read_rows
 from lightning_custom.testing import single_process
 from recipes import ppo
+from tests.benchmarks import ppo_speed
 
+SPEED = "speed"
 Curve = dict[str, list[float]]
 
 
 def config(preset: str, env_steps: int, seed: int, scores: int, episodes: int) -> ppo.PPOConfig:
     """The preset's settings, for so many environment steps, and about so many scores in equal distances."""
-    settings = ppo.PPOConfig(**ppo.PRESETS[preset])
+    settings = ppo_speed.config(4, 1) if preset == SPEED else ppo.PPOConfig(**ppo.PRESETS[preset])
     steps = env_steps // (settings.num_envs * settings.rollout_steps)
     return replace(
         settings, steps=steps, seed=seed, validate_every=max(steps // scores, 1), val_episodes=episodes,
@@ -123,7 +127,7 @@ CONTENDERS: dict[str, Callable[[ppo.PPOConfig], Curve]] = {
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("preset", choices=ppo.PRESETS)
+    parser.add_argument("preset", choices=[*ppo.PRESETS, SPEED])
     parser.add_argument("--env_steps", type=int, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--scores", type=int, default=10)

@@ -1,18 +1,20 @@
-"""Environment steps a second of recipes.ppo against stable-baselines3 and CleanRL, on the same work.
+"""Environment steps a second of recipes.ppo against stable-baselines3, CleanRL and sheeprl, on the same work.
 
     python -m tests.benchmarks.ppo_speed
-    python -m tests.benchmarks.ppo_speed --cleanrl PATH/TO/cleanrl/ppo.py
+    python -m tests.benchmarks.ppo_speed --cleanrl PATH/TO/cleanrl/ppo.py --sheeprl PATH/TO/its/bin/python
 
 CartPole, two fully connected networks of 64 x 64, 128 steps a rollout, 4 epochs of 4 minibatches, Adam, everything as
-CleanRL's defaults. Every contender trains from nothing in a process of its own and reports the environment steps a
-second of its rollouts and updates, without imports, the first rollouts and evaluation. CleanRL's script is run as it
-is, from a copy outside of this repository; where no path is given it is left out.
+CleanRL's defaults. Every contender trains from nothing and reports the environment steps a second of its rollouts and
+updates, without imports, the first rollouts and evaluation. CleanRL's script is run as it is, from a copy outside of
+this repository, and sheeprl by the Python that has it, both in a process of their own; where no path is given they are
+left out.
 """
 
 import argparse
 import contextlib
 import importlib.util
 import io
+import os
 import re
 import statistics
 import subprocess
@@ -36,7 +38,6 @@ from recipes import ppo
 from tests.benchmarks.interleave import machine
 
 ROLLOUT, WARM, ROUNDS = 128, 5, 5
-TARGETS = {"recipes.ppo": 2.8, "recipes.ppo --compile true": 4.5}
 
 
 def config(num_envs: int, steps: int, **fields: object) -> ppo.PPOConfig:
@@ -49,9 +50,9 @@ def config(num_envs: int, steps: int, **fields: object) -> ppo.PPOConfig:
     return replace(settings, **fields)  # type: ignore[arg-type]
 
 
-def ours(num_envs: int, steps: int, *, vectorised: bool = False, compiled: bool = False) -> float:
+def ours(num_envs: int, steps: int, threads: int, *, vectorised: bool = False, compiled: bool = False) -> float:
     """Environment steps a second of this package's loop, everything around it included."""
-    settings = config(num_envs, steps, vectorised=vectorised, compile=compiled)
+    settings = config(num_envs, steps, threads=threads, vectorised=vectorised, compile=compiled)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         ppo.train(
             launch(settings),
@@ -63,7 +64,7 @@ def ours(num_envs: int, steps: int, *, vectorised: bool = False, compiled: bool 
     return statistics.harmonic_mean(rates[1:])
 
 
-def with_stable_baselines3(num_envs: int, steps: int) -> float:
+def with_stable_baselines3(num_envs: int, steps: int, threads: int) -> float:
     """The same by stable-baselines3, with DummyVecEnv as by default."""
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
@@ -80,6 +81,7 @@ def with_stable_baselines3(num_envs: int, steps: int) -> float:
         def _on_rollout_start(self) -> None:
             self.times.append(time.perf_counter())
 
+    torch.set_num_threads(threads)
     clock = Clock()
     model = PPO(
         "MlpPolicy", make_vec_env("CartPole-v1", num_envs), n_steps=ROLLOUT, batch_size=num_envs * ROLLOUT // 4,
@@ -91,16 +93,53 @@ def with_stable_baselines3(num_envs: int, steps: int) -> float:
     return (len(clock.times) - 1 - WARM) * num_envs * ROLLOUT / (clock.times[-1] - clock.times[WARM])
 
 
-def with_cleanrl(script: str, num_envs: int, steps: int) -> float:
+def printed_by(command: list[str], threads: int) -> str:
+    """What a command prints that runs with so many threads in an empty folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{command[:3]}: exit status {done.returncode}\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def with_cleanrl(script: str, num_envs: int, steps: int, threads: int) -> float:
     """The same by CleanRL's script, which prints its rate since its start; read between two of its prints."""
     total = num_envs * ROLLOUT * steps
     command = [sys.executable, script, "--num-envs", str(num_envs), "--total-timesteps", str(total), "--no-cuda"]
-    with tempfile.TemporaryDirectory() as folder:
-        printed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
-    rates = [int(text) for text in re.findall(r"SPS: (\d+)", printed)]
+    rates = [int(text) for text in re.findall(r"SPS: (\d+)", printed_by(command, threads))]
     counts = [num_envs * ROLLOUT * (i + 1) for i in range(len(rates))]
     seconds = [count / rate for count, rate in zip(counts, rates, strict=True)]
     return (counts[-1] - counts[WARM]) / (seconds[-1] - seconds[WARM])
+
+
+CLOCKED_SHEEPRL = """
+import time
+from sheeprl.algos.ppo import ppo
+from sheeprl.cli import run
+
+anneal, times = ppo.anneal, []
+def clocked(*given):  # what an iteration begins with
+    times.append(time.perf_counter())
+    return anneal(*given)
+ppo.anneal = clocked
+run()
+print("times:", *times)
+"""
+
+
+def with_sheeprl(python: str, num_envs: int, steps: int, threads: int) -> float:
+    """The same by sheeprl, with its own settings for benchmarks where CleanRL's defaults do not say otherwise."""
+    command = [
+        python, "-c", CLOCKED_SHEEPRL, "exp=ppo_benchmarks", f"env.num_envs={num_envs}", f"num_threads={threads}",
+        f"algo.total_steps={num_envs * ROLLOUT * steps}", f"algo.per_rank_batch_size={num_envs * ROLLOUT // 4}",
+        "algo.update_epochs=4", "algo.anneal_lr=True", "algo.optimizer.lr=2.5e-4", "algo.clip_vloss=True",
+        "algo.ent_coef=0.01", "algo.encoder.mlp_layers=0", "algo.actor.mlp_layers=2", "algo.critic.mlp_layers=2",
+        "checkpoint.every=0",
+    ]  # fmt: skip
+    (line,) = re.findall(r"times: (.*)", printed_by(command, threads))
+    times = [float(text) for text in line.split()]
+    return (len(times) - 1 - WARM) * num_envs * ROLLOUT / (times[-1] - times[WARM])
 
 
 def stepping_alone(num_envs: int, steps: int) -> float:
@@ -113,35 +152,43 @@ def stepping_alone(num_envs: int, steps: int) -> float:
     return actions.size / (time.perf_counter() - started)
 
 
-def contenders(num_envs: int, steps: int, cleanrl: str | None) -> dict[str, Callable[[], float]]:
+def contenders(
+    num_envs: int, steps: int, threads: int, cleanrl: str | None, sheeprl: str | None
+) -> dict[str, Callable[[], float]]:
     """By name, a run of each."""
+    size = (num_envs, steps, threads)
     found: dict[str, Callable[[], float]] = {
-        "recipes.ppo": partial(ours, num_envs, steps),
-        "recipes.ppo --compile true": partial(ours, num_envs, steps, compiled=True),
+        "recipes.ppo": partial(ours, *size),
+        "recipes.ppo --compile true": partial(ours, *size, compiled=True),
     }
     if num_envs >= 16:
-        found["recipes.ppo --vectorised true"] = partial(ours, num_envs, steps, vectorised=True)
-        found["recipes.ppo, both"] = partial(ours, num_envs, steps, vectorised=True, compiled=True)
+        found["recipes.ppo --vectorised true"] = partial(ours, *size, vectorised=True)
+        found["recipes.ppo, both"] = partial(ours, *size, vectorised=True, compiled=True)
     if importlib.util.find_spec("stable_baselines3") is not None:
-        found["stable-baselines3"] = partial(with_stable_baselines3, num_envs, steps)
+        found["stable-baselines3"] = partial(with_stable_baselines3, *size)
     if cleanrl is not None:
-        found["CleanRL"] = partial(with_cleanrl, cleanrl, num_envs, steps)
+        found["CleanRL"] = partial(with_cleanrl, cleanrl, *size)
+    if sheeprl is not None:
+        found["sheeprl"] = partial(with_sheeprl, sheeprl, *size)
     found["environments alone"] = partial(stepping_alone, num_envs, steps)
     return found
 
 
-def report(num_envs: int, rounds: int, steps: int, cleanrl: str | None) -> str:
+def report(num_envs: int, rounds: int, runs: dict[str, Callable[[], float]], threads: int) -> str:
     """A table: the median rate of each, and how many times that of stable-baselines3, round by round."""
-    runs = contenders(num_envs, steps, cleanrl)
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             rates[name].append(run())
-    lines = [f"CartPole, {num_envs} x {ROLLOUT}, {torch.get_num_threads()} thread(s)     steps/s   over SB3"]
+    title = f"CartPole, {num_envs} x {ROLLOUT}, {threads} thread(s)"
+    lines = [f"{title:<38}{'steps/s':>10}{'over SB3':>11}   lowest to highest"]
     peer = rates.get("stable-baselines3")
     for name, found in rates.items():
-        over = "" if peer is None else f"{statistics.median(a / b for a, b in zip(found, peer, strict=True)):.2f}"
-        lines.append(f"  {name:<36}{statistics.median(found):>10,.0f}{over:>9}")
+        over = ""
+        if peer is not None:
+            ratios = [a / b for a, b in zip(found, peer, strict=True)]
+            over = f"{statistics.median(ratios):>11.2f}   {min(ratios):.2f} to {max(ratios):.2f}"
+        lines.append(f"  {name:<36}{statistics.median(found):>10,.0f}{over}")
     return "\n".join(lines)
 
 
@@ -152,8 +199,9 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cleanrl", type=lambda text: str(Path(text).resolve()))
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    for number in arguments.envs:
-        print(report(number, arguments.rounds, arguments.steps, arguments.cleanrl), flush=True)
+    parser.add_argument("--sheeprl", type=lambda text: str(Path(text).absolute()), metavar="PYTHON")
+    given = parser.parse_args()
+    for number in given.envs:
+        runs = contenders(number, given.steps, given.threads, given.cleanrl, given.sheeprl)
+        print(report(number, given.rounds, runs, given.threads), flush=True)
     print(machine())
