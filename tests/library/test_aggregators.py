@@ -705,6 +705,8 @@ def test_what_the_adapter_draws_is_of_the_generator_and_no_other_draw_moves():
 )
 def test_what_torchjd_cannot_do_is_said_in_a_line(options, message):
     pytest.importorskip("torchjd")
+    if options.get("name") == "NashMTL":
+        pytest.importorskip("ecos")
     with pytest.raises(ConfigError, match=message):
         make_method("torchjd", "abc", options)
 
