@@ -53,12 +53,12 @@ class Categorical(ActionDistribution):
         self.size, self._start = int(space.n), int(space.start)
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Array:
-        """Uniform numbers."""
-        return _uniform(shape, generator)
+        """Gumbel's, one an action."""
+        return _gumbel((*shape, self.size), generator)
 
     def sample(self, parameters: Array, noise: Array) -> Array:
-        """By the inverse of the cumulative distribution."""
-        return _inverse(parameters, noise)
+        """The largest logit with its noise, which is a draw from the softmax (Maddison et al. 2014, section 2)."""
+        return self.mode(parameters + noise)
 
     def mode(self, parameters: Array) -> Array:
         """The largest logit's."""
@@ -83,13 +83,12 @@ class SeveralCategorical(ActionDistribution):
         self._start, self._shape, self.size = np.asarray(space.start), space.shape, sum(self._sizes)
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Array:
-        """Uniform numbers, one a choice."""
-        return _uniform((*shape, len(self._sizes)), generator)
+        """Gumbel's, one an action of each choice."""
+        return _gumbel((*shape, self.size), generator)
 
     def sample(self, parameters: Array, noise: Array) -> Array:
-        """By the inverse of each choice's cumulative distribution."""
-        parts = zip(self._split(parameters), noise.T, strict=True)
-        return np.stack([_inverse(part, uniform) for part, uniform in parts], 1)
+        """Each choice's largest logit with its noise."""
+        return self.mode(parameters + noise)
 
     def mode(self, parameters: Array) -> Array:
         """Each choice's largest logit."""
@@ -185,7 +184,7 @@ class Gaussian(ActionDistribution):
 def action_distribution(space: gym.Space[Any]) -> ActionDistribution:
     """The usual distribution over ``space``; :class:`ConfigError` where there is none.
 
-    >>> action_distribution(spaces.Discrete(3)).sample(np.zeros((2, 3)), np.array([0.1, 0.9])).tolist()
+    >>> action_distribution(spaces.Discrete(3)).sample(np.zeros((2, 3)), np.eye(3)[[0, 2]]).tolist()
     [0, 2]
     """
     if isinstance(space, spaces.Discrete):
@@ -203,9 +202,6 @@ def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Array:
     return torch.rand(*shape, generator=generator, dtype=torch.float64).numpy()
 
 
-def _inverse(logits: Array, uniform: Array) -> Array:
-    # In float64: the last cumulative probability must not fall below a uniform number by rounding.
-    weights = np.exp((logits - logits.max(1, keepdims=True)).astype(np.float64))
-    cumulative = weights.cumsum(1)
-    chosen: Array = (cumulative[:, :-1] <= (uniform * cumulative[:, -1])[:, None]).sum(1)
-    return chosen
+def _gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Array:
+    # Where a uniform number is 0 this is -inf: that action is not drawn.
+    return torch.rand(*shape, generator=generator, dtype=torch.float64).log_().neg_().log_().neg_().numpy()

@@ -1,7 +1,8 @@
-"""Episodes as an animated picture."""
+"""Episodes as an animated picture: what ``enjoy`` writes."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from gymnasium import error
@@ -9,6 +10,30 @@ from gymnasium import error
 from lightning_custom.environments.arrays import Array, Observations, each_action
 from lightning_custom.environments.layers import Environment
 from lightning_custom.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnjoyConfig:
+    """Play episodes with a run's best or last checkpoint, and write them as an animated picture."""
+
+    run_dir: str
+    """Directory of the run."""
+    episodes: int = 1
+    """Number of episodes."""
+    out: str = "agent.gif"
+    """GIF file to write."""
+    which: Literal["best", "last"] = "best"
+    """Checkpoint to take."""
+    seed: int = 0
+    """Seed of the episodes."""
+    max_frames: int = 500
+    """Frames after which the picture ends."""
+
+
+def show_episodes(request: EnjoyConfig, env: Environment, act: Callable[[Observations], Array]) -> None:
+    """Write the picture that ``request`` asks for, and print the returns."""
+    returns = write_animation(env, act, request.out, request.episodes, seed=request.seed, most=request.max_frames)
+    print(f"returns {', '.join(f'{value:.1f}' for value in returns)}: {request.out}")
 
 
 def write_animation(

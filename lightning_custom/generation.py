@@ -1,7 +1,7 @@
 """How good generated images are: distances to real ones, fidelity and diversity, and their classes."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from lightning.fabric import Fabric
@@ -91,6 +91,19 @@ class GenerationScores:
                 **class_scores(predicted, self._shares),
             }
         return {f"val/{name}": value for name, value in scores.items()}
+
+
+def score_lines(scores: Mapping[str, float], *, conditional: bool) -> list[str]:
+    """What :class:`GenerationScores` found, as lines to print; of ``conditional`` samples also how many are right."""
+    lines = [
+        f"FID {scores['val/fid']:.3f} (one real half against the other: {scores['val/fid_floor']:.3f})",
+        f"KID {scores['val/kid']:.4f}   precision {scores['val/precision']:.3f}   recall {scores['val/recall']:.3f}   "
+        f"density {scores['val/density']:.3f}   coverage {scores['val/coverage']:.3f}",
+    ]
+    if "val/modes" in scores:
+        asked = f"   recognised as asked {scores['val/confident_as_asked']:.1%}" if conditional else ""
+        lines.append(f"classes {scores['val/modes']:.0f}   reverse KL {scores['val/reverse_kl']:.3f}{asked}")
+    return lines
 
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:

@@ -36,7 +36,7 @@ from lightning_custom.sharded import local_part, whole
 from lightning_custom.state import unwrap_optimizer
 
 
-def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
@@ -52,19 +52,19 @@ def unscale_(fabric: Fabric, optimizer: Optimizer) -> None:
 
 
 @torch.no_grad()
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """The Euclidean norm of all gradients together, in float32 or wider; 0 without any."""
     gradients = _gradients(parameters)
     if not gradients:
         return torch.zeros(())
     # bfloat16 keeps three digits of a norm, and a square overflows float16 at 256.
     dtype = reduce(torch.promote_types, {gradient.dtype for gradient in gradients}, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=dtype)))
-    return norm
+    norms = torch._foreach_norm(gradients, 2, dtype=dtype)
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
 @torch.no_grad()
-def clip_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale the gradients down so that their norm together is at most ``max_norm``; returns the norm before.
 
     The scalar stays on the device: log it without waiting. A non-finite norm is not looked at and makes every

@@ -1,5 +1,6 @@
 """A run directory: who owns it, what its status is, and with which config it began."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -13,10 +14,27 @@ from typing import IO, Any
 import yaml
 
 from lightning_custom import storage
-from lightning_custom.config import RunConfig, read_config, recipe_name, stored_fields
+from lightning_custom.config import C, RunConfig, read_config, recipe_name, stored_fields
 from lightning_custom.errors import ConfigError
 
 CONFIG, STATUS, LOCK, CHECKPOINTS = "config.yaml", "status.json", ".lock", "checkpoints"
+
+
+def config_of_run(kind: type[C], run_dir: str, **changes: Any) -> C:
+    """The config that a run began with, of its recipe's ``kind``, but for ``changes``.
+
+    :class:`ConfigError` where ``run_dir`` holds no run, or one of another recipe.
+    """
+    path = Path(run_dir) / CONFIG
+    if not path.exists():
+        raise ConfigError(f"run_dir: {run_dir} holds no run; check the path")
+    fields = read_config(path)
+    if unknown := fields.keys() - {field.name for field in dataclasses.fields(kind)}:
+        raise ConfigError(
+            f"run_dir: {run_dir} holds a run of another recipe than {kind.__name__} is of: it has "
+            f"{', '.join(sorted(unknown))}; check the path"
+        )
+    return kind(**fields | changes)
 
 
 class Run:

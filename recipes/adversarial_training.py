@@ -30,7 +30,7 @@ from lightning_custom.adversarial import frozen
 from lightning_custom.attacks import Ball, Norm, pgd, pgd_with_restarts, square_search
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
-from lightning_custom.config import RunConfig, read_config, require_at_least, with_run_dir
+from lightning_custom.config import RunConfig, require_at_least, with_run_dir
 from lightning_custom.confusion import ConfusionMatrix
 from lightning_custom.data import Batches, evaluation_batches
 from lightning_custom.datasets import Images, load_images, split
@@ -45,7 +45,7 @@ from lightning_custom.networks import ConvClassifier
 from lightning_custom.pictures import captioned, image_grid
 from lightning_custom.precision import Bare, bare, unwrap
 from lightning_custom.progress import Progress
-from lightning_custom.run import CONFIG
+from lightning_custom.run import config_of_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -430,10 +430,7 @@ def attack(request: AttackConfig) -> None:
     """Write the picture that ``request`` asks for."""
     if request.count < 1 or request.attack_steps < 1:
         raise ConfigError(f"count: {request.count}, attack_steps: {request.attack_steps}; both must be at least 1")
-    path = Path(request.run_dir) / CONFIG
-    if not path.exists():
-        raise ConfigError(f"run_dir: {request.run_dir} holds no run; check the path")
-    config = AdversarialTrainingConfig(**read_config(path))
+    config = config_of_run(AdversarialTrainingConfig, request.run_dir)
     _, _, data = load_data(config)
     model = network(config, data)
     model.load_state_dict(load_module(request.run_dir, "model", which=request.which))

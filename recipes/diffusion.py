@@ -29,7 +29,7 @@ from torch.optim import Adam, Optimizer
 from lightning_custom import schedules
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
-from lightning_custom.config import RunConfig, read_config, require_at_least, with_run_dir
+from lightning_custom.config import RunConfig, require_at_least, with_run_dir
 from lightning_custom.data import Batches
 from lightning_custom.datasets import Images
 from lightning_custom.denoisers import MLPDenoiser, UNetDenoiser
@@ -37,7 +37,7 @@ from lightning_custom.diffusion import Diffusion, Prediction, Schedule, even_tim
 from lightning_custom.distributed import averages_by_itself, gather_shares, mean_gradients_, take_share
 from lightning_custom.ema import EMA
 from lightning_custom.errors import ConfigError
-from lightning_custom.generation import GenerationScores
+from lightning_custom.generation import GenerationScores, score_lines
 from lightning_custom.image_data import ImageData, image_classifier, load_image_data
 from lightning_custom.launch import launch
 from lightning_custom.loop import due, seed_step
@@ -45,7 +45,7 @@ from lightning_custom.metrics import MetricLogger
 from lightning_custom.pictures import image_grid
 from lightning_custom.precision import Bare, unwrap
 from lightning_custom.progress import Progress
-from lightning_custom.run import CHECKPOINTS, CONFIG
+from lightning_custom.run import CHECKPOINTS, config_of_run
 from lightning_custom.sampling import write_samples
 from lightning_custom.storage import saved_steps
 
@@ -395,17 +395,8 @@ def summary(config: DiffusionConfig, state: DiffusionState, rate: float, prepari
     if not scores:
         print(f"run: {config.run_dir} was complete already, at step {state.step}; a larger --steps goes on")
         return
-    classes = ""
-    if "val/classes" in scores:
-        classes = f"classes {scores['val/classes']:.0f}   reverse KL {scores['val/reverse_kl']:.3f}"
-        if config.num_classes:
-            classes += f"   recognised as asked {scores['val/confident_as_asked']:.1%}"
-        classes += "\n"
+    print("", *score_lines(scores, conditional=config.num_classes > 0), sep="\n")
     print(
-        f"\nFID {scores['val/fid']:.3f} (one real half against the other: {scores['val/fid_floor']:.3f})\n"
-        f"KID {scores['val/kid']:.4f}   precision {scores['val/precision']:.3f}   recall {scores['val/recall']:.3f}   "
-        f"density {scores['val/density']:.3f}   coverage {scores['val/coverage']:.3f}\n"
-        f"{classes}"
         f"{rate * config.batch_size:,.0f} images/s   {training:.1f} s training, "
         f"{preparing:.1f} s for data and feature extractor\n"
         f"run: {config.run_dir}\n"
@@ -445,14 +436,11 @@ class SampleConfig:
 
 def sample(request: SampleConfig) -> None:
     """Write the file that ``request`` asks for."""
-    path = Path(request.run_dir) / CONFIG
-    if not path.exists():
-        raise ConfigError(f"run_dir: {request.run_dir} holds no run; check the path")
     if request.count < 1:
         raise ConfigError(f"count: {request.count}; it must be at least 1")
     asked = {name: getattr(request, name) for name in ("sample_steps", "eta", "guidance")}
-    fields = read_config(path) | {name: value for name, value in asked.items() if value is not None}
-    config = DiffusionConfig(**fields)
+    changes = {name: value for name, value in asked.items() if value is not None}
+    config = config_of_run(DiffusionConfig, request.run_dir, **changes)
     if request.label is not None and not 0 <= request.label < config.num_classes:
         raise ConfigError(f"label: {request.label}; the run has {config.num_classes} classes, counted from 0")
     weights, data = load_module(request.run_dir, request.weights, which=request.which), load_data(config)

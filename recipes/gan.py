@@ -38,13 +38,13 @@ from lightning_custom.adversarial import (
 from lightning_custom.augmentation import diff_augment
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
-from lightning_custom.config import RunConfig, read_config, require_at_least, with_run_dir
+from lightning_custom.config import RunConfig, require_at_least, with_run_dir
 from lightning_custom.data import Batches
 from lightning_custom.datasets import Images
 from lightning_custom.distributed import mean_gradients_, take_share
 from lightning_custom.ema import EMA
 from lightning_custom.errors import ConfigError
-from lightning_custom.generation import GenerationScores
+from lightning_custom.generation import GenerationScores, score_lines
 from lightning_custom.image_data import ImageData, image_classifier, load_image_data
 from lightning_custom.image_networks import discriminator_network, generator_network
 from lightning_custom.inception import inception_features
@@ -58,7 +58,7 @@ from lightning_custom.penalties import Judge, Verdict, penalties
 from lightning_custom.pictures import image_grid
 from lightning_custom.precision import Bare, bare
 from lightning_custom.progress import Progress
-from lightning_custom.run import CHECKPOINTS, CONFIG
+from lightning_custom.run import CHECKPOINTS, config_of_run
 from lightning_custom.sampling import SampleConfig, sampler, write_samples
 from lightning_custom.storage import saved_steps
 
@@ -549,17 +549,8 @@ def summary(config: GANConfig, state: GANState, rate: float, preparing: float, t
     if not scores:
         print(f"run: {config.run_dir} was complete already, at step {state.step}; a larger --steps goes on")
         return
-    classes = ""
-    if "val/modes" in scores:
-        classes = f"classes {scores['val/modes']:.0f}   reverse KL {scores['val/reverse_kl']:.3f}"
-        if config.num_classes:
-            classes += f"   recognised as asked {scores['val/confident_as_asked']:.1%}"
-        classes += "\n"
+    print("", *score_lines(scores, conditional=config.num_classes > 0), sep="\n")
     print(
-        f"\nFID {scores['val/fid']:.3f} (one real half against the other: {scores['val/fid_floor']:.3f})\n"
-        f"KID {scores['val/kid']:.4f}   precision {scores['val/precision']:.3f}   recall {scores['val/recall']:.3f}   "
-        f"density {scores['val/density']:.3f}   coverage {scores['val/coverage']:.3f}\n"
-        f"{classes}"
         f"{rate * config.batch_size:,.0f} images/s   {training:.1f} s training, "
         f"{preparing:.1f} s for data and feature extractor\n"
         f"run: {config.run_dir}\n"
@@ -571,10 +562,7 @@ def summary(config: GANConfig, state: GANState, rate: float, preparing: float, t
 
 def sample(request: SampleConfig) -> None:
     """Write the file that ``request`` asks for."""
-    path = Path(request.run_dir) / CONFIG
-    if not path.exists():
-        raise ConfigError(f"run_dir: {request.run_dir} holds no run; check the path")
-    config = GANConfig(**read_config(path))
+    config = config_of_run(GANConfig, request.run_dir)
     weights = load_module(request.run_dir, request.weights, which=request.which)
     generator, _ = networks(config, load_data(config))
     generator.load_state_dict(weights)

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -25,7 +24,7 @@ from torch.optim import Adam, Optimizer
 
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
-from lightning_custom.config import RunConfig, read_config, require_at_least, with_run_dir
+from lightning_custom.config import RunConfig, require_at_least, with_run_dir
 from lightning_custom.conjugate_gradients import conjugate_gradients
 from lightning_custom.data import Batches
 from lightning_custom.distributed import mean_gradients_, take_share
@@ -60,7 +59,7 @@ from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import MetricLogger
 from lightning_custom.precision import Bare, bare, unwrap
 from lightning_custom.progress import Progress
-from lightning_custom.run import CONFIG
+from lightning_custom.run import config_of_run
 from lightning_custom.task_batching import TaskLoss, TaskModel, per_task
 from lightning_custom.task_curvature import as_parts, as_vectors, gradient_vectors, hessian_product
 from lightning_custom.task_norm import require_safe_norms
@@ -379,7 +378,7 @@ def adapt(
 
 def load(run_dir: str, *, which: Literal["best", "last"] = "best") -> tuple[nn.Module, dict[str, Any]]:
     """The network of a run of the command line, from its best or last checkpoint, and settings for :func:`adapt`."""
-    config = IMAMLConfig(**read_config(Path(run_dir) / CONFIG))
+    config = config_of_run(IMAMLConfig, run_dir)
     model = network(config)
     model.load_state_dict(load_module(run_dir, "model", which=which))
     return model, {"config": config}

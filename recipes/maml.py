@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -29,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
 from lightning_custom.compiled_gradient import CompiledGradient
-from lightning_custom.config import RunConfig, read_config, require_at_least, with_run_dir
+from lightning_custom.config import RunConfig, require_at_least, with_run_dir
 from lightning_custom.data import Batches
 from lightning_custom.distributed import mean_gradients_, take_share
 from lightning_custom.errors import ConfigError
@@ -58,7 +57,7 @@ from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import MetricLogger
 from lightning_custom.precision import Bare, bare, unwrap
 from lightning_custom.progress import Progress
-from lightning_custom.run import CONFIG
+from lightning_custom.run import config_of_run
 from lightning_custom.task_batching import TaskLoss, TaskModel, per_task
 from lightning_custom.task_norm import require_safe_norms, statistics_from
 from lightning_custom.tasks import Sinusoids
@@ -523,7 +522,7 @@ def adapt(
 
 def load(run_dir: str, *, which: Literal["best", "last"] = "best") -> tuple[nn.Module, dict[str, Any]]:
     """The network of a run of the command line, from its best or last checkpoint, and settings for :func:`adapt`."""
-    config = MAMLConfig(**read_config(Path(run_dir) / CONFIG))
+    config = config_of_run(MAMLConfig, run_dir)
     model = network(config)
     model.load_state_dict(load_module(run_dir, "model", which=which))
     freeze_(model, config.frozen)

@@ -13,29 +13,30 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 
 from lightning_custom.action_distributions import ActionDistribution, action_distribution
-from lightning_custom.animation import write_animation
+from lightning_custom.animation import EnjoyConfig, show_episodes
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
 from lightning_custom.compiled_update import CompiledUpdate
-from lightning_custom.config import RunConfig, read_config, require_at_least, with_run_dir
+from lightning_custom.config import RunConfig, require_at_least, with_run_dir
 from lightning_custom.distributed import mean_gradients_, share, sum_over_processes
 from lightning_custom.environments.batched import BatchedEnvironments
 from lightning_custom.environments.episodes import log_episodes
-from lightning_custom.environments.evaluation import MakeEnv, episodic_returns, mean_and_interval
+from lightning_custom.environments.evaluation import MakeEnv
 from lightning_custom.environments.makers import MakeEnvironment, MakeVector, warn_if_inexact
 from lightning_custom.environments.normalisation import ObservationNormaliser, RewardScaler
+from lightning_custom.environments.scores import print_test, return_scores
 from lightning_custom.environments.vector import EnvironmentVector
 from lightning_custom.errors import ConfigError
+from lightning_custom.flat_adam import FlatAdam, flattened
 from lightning_custom.gradients import clip_norm_
 from lightning_custom.launch import launch
 from lightning_custom.loop import due, seed_step
@@ -46,7 +47,7 @@ from lightning_custom.precision import bare, unwrap
 from lightning_custom.progress import Progress
 from lightning_custom.reinforcement import explained_variance, following_values, generalised_advantages
 from lightning_custom.rollout import Rollout, flatten_steps, gather_environments, take_rows
-from lightning_custom.run import CONFIG
+from lightning_custom.run import config_of_run
 from lightning_custom.schedules import Constant, Linear, set_learning_rate
 
 
@@ -210,8 +211,9 @@ def train(
     warn_if_inexact(fabric, envs)
     distribution = action_distribution(envs.action_space)
     agent = agent if agent is not None else networks(config, envs.observation_space, distribution)
-    optimizer = Adam(agent.parameters(), config.lr, eps=config.adam_eps, fused=True)
+    optimizer = FlatAdam(agent.parameters(), config.lr, eps=config.adam_eps)
     agent, optimizer = fabric.setup(agent, optimizer)
+    flat = flattened(optimizer)
     normaliser, scaler = normalisers(fabric, config, envs)
     metrics = MetricLogger(
         fabric,
@@ -227,9 +229,7 @@ def train(
     state = PPOState(cast("nn.Module", agent), cast("Optimizer", optimizer), envs, normaliser, scaler, metrics)
 
     loss: Callable[..., Any] = partial(ppo_loss, config, distribution)
-    parameters, update = list(state.agent.parameters()), None
-    if config.compile:
-        update = CompiledUpdate(fabric, loss, state.agent, state.optimizer, max_norm=config.max_grad_norm)
+    update = CompiledUpdate(fabric, loss, state.agent, flat, max_norm=config.max_grad_norm) if config.compile else None
     forward, act = bare(fabric, state.agent), acting_network(fabric, cast("ActorCritic", unwrap(state.agent)).actor)
     lr = Linear(config.lr, 0.0, max(config.steps, 1)) if config.anneal_lr else Constant(config.lr)
     clip = Linear(config.clip, 0.0, max(config.steps, 1)) if config.anneal_clip else Constant(config.clip)
@@ -272,7 +272,7 @@ def train(
                     fabric.backward(total)
                     mean_gradients_(fabric, state.agent)
                     if config.max_grad_norm:
-                        clip_norm_(parameters, config.max_grad_norm)
+                        clip_norm_([flat.vector], config.max_grad_norm)
                     state.optimizer.step()
                     found.append(values)
                 if config.target_kl is not None and mean_kl(fabric, found[-config.minibatches :]) > config.target_kl:
@@ -431,8 +431,7 @@ def evaluate(
 ) -> dict[str, float]:
     """The mean return of ``number`` episodes, always the same ones, with half its 95% interval."""
     act = player(fabric, config, unwrap(state.agent), state.observation_normaliser, state.envs.action_space)
-    mean, interval = mean_and_interval(episodic_returns(fabric, make_env, act, number, seed=config.seed))
-    return {f"{name}/episodic_return": mean, f"{name}/episodic_return_interval": interval}
+    return return_scores(fabric, make_env, act, number, seed=config.seed, name=name)
 
 
 def player(
@@ -469,25 +468,13 @@ def main(config: PPOConfig) -> str:
     started = time.perf_counter()
     state = train(fabric, config, make_env=make_env, make_vector=make_vector, val_env=test_env)
     if state.step == config.steps:
-        summary(fabric, config, state, test_env, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        restore_player_(str(config.run_dir), "best", unwrap(state.agent), state.observation_normaliser)
+        scores = evaluate(fabric, config, state, test_env, config.test_episodes, "test")
+        env_steps = config.steps * config.rollout_steps * config.num_envs
+        print_test(fabric, config, scores, episodes=config.test_episodes, seconds=seconds, env_steps=env_steps)
     state.envs.close()
     return str(config.run_dir)
-
-
-def summary(fabric: Fabric, config: PPOConfig, state: PPOState, make_env: MakeEnv, seconds: float) -> None:
-    """Test the best checkpoint and print the result, where the run is, and how to look at it."""
-    restore_player_(str(config.run_dir), "best", unwrap(state.agent), state.observation_normaliser)
-    scores = evaluate(fabric, config, state, make_env, config.test_episodes, "test")
-    if fabric.global_rank == 0:
-        print(
-            f"\nreturn {scores['test/episodic_return']:.1f} +- {scores['test/episodic_return_interval']:.1f}   "
-            f"mean and 95% interval over {config.test_episodes} episodes, best checkpoint\n"
-            f"{config.steps * config.rollout_steps * config.num_envs:,} environment steps   {seconds:.1f} s\n"
-            f"run: {config.run_dir}\n"
-            f"look: tensorboard --logdir {config.run_dir}\n"
-            f"watch: python -m recipes.ppo enjoy --run_dir {config.run_dir} --out agent.gif",
-            flush=True,
-        )
 
 
 def restore_player_(run_dir: str, which: Literal["best", "last"], agent: nn.Module, normaliser: Any) -> None:
@@ -497,30 +484,9 @@ def restore_player_(run_dir: str, which: Literal["best", "last"], agent: nn.Modu
         normaliser.load_state_dict(load_module(run_dir, "observation_normaliser", which=which))
 
 
-@dataclass(frozen=True, kw_only=True)
-class EnjoyConfig:
-    """Play episodes with a run's best or last checkpoint, and write them as an animated picture."""
-
-    run_dir: str
-    """Directory of the run."""
-    episodes: int = 1
-    """Number of episodes."""
-    out: str = "agent.gif"
-    """GIF file to write."""
-    which: Literal["best", "last"] = "best"
-    """Checkpoint to take."""
-    seed: int = 0
-    """Seed of the episodes."""
-    max_frames: int = 500
-    """Frames after which the picture ends."""
-
-
 def enjoy(request: EnjoyConfig) -> None:
     """Write the picture that ``request`` asks for, and print the returns."""
-    path = Path(request.run_dir) / CONFIG
-    if not path.exists():
-        raise ConfigError(f"run_dir: {request.run_dir} holds no run; check the path")
-    config = PPOConfig(**read_config(path) | {"seed": request.seed, "accelerator": "cpu", "devices": 1})
+    config = config_of_run(PPOConfig, request.run_dir, seed=request.seed, accelerator="cpu", devices=1)
     make_env = MakeEnvironment(config.env, evaluation=True, render_mode="rgb_array")
     fabric, env = launch(config), make_env()
     agent = networks(config, env.observation_space, action_distribution(env.action_space))
@@ -528,8 +494,7 @@ def enjoy(request: EnjoyConfig) -> None:
     normaliser = ObservationNormaliser(fabric, shape) if config.normalise_observations and shape else None
     restore_player_(request.run_dir, request.which, agent, normaliser)
     act = player(fabric, config, agent, normaliser, env.action_space)
-    returns = write_animation(env, act, request.out, request.episodes, seed=request.seed, most=request.max_frames)
-    print(f"returns {', '.join(f'{value:.1f}' for value in returns)}: {request.out}")
+    show_episodes(request, env, act)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,10 +22,10 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from lightning_custom.action_distributions import ActionDistribution, action_distribution
-from lightning_custom.animation import write_animation
+from lightning_custom.animation import EnjoyConfig, show_episodes
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
-from lightning_custom.config import RunConfig, read_config, require_at_least, with_run_dir
+from lightning_custom.config import RunConfig, require_at_least, with_run_dir
 from lightning_custom.distributed import mean_gradients_, sum_over_processes
 from lightning_custom.environments.arrays import Array
 from lightning_custom.environments.episodes import log_episodes
@@ -34,10 +33,9 @@ from lightning_custom.environments.evaluation import (
     EpisodePlayer,
     MakeEnv,
     Played,
-    episodic_returns,
-    mean_and_interval,
 )
 from lightning_custom.environments.makers import MakeEnvironment
+from lightning_custom.environments.scores import print_test, return_scores
 from lightning_custom.errors import ConfigError
 from lightning_custom.gradients import clip_norm_
 from lightning_custom.launch import launch
@@ -48,7 +46,7 @@ from lightning_custom.policies import ActorCritic, actor_critic
 from lightning_custom.precision import Bare, bare, unwrap
 from lightning_custom.progress import Progress
 from lightning_custom.reinforcement import discounted_returns
-from lightning_custom.run import CONFIG
+from lightning_custom.run import config_of_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,8 +255,7 @@ def evaluate(
 ) -> dict[str, float]:
     """The mean return of ``number`` episodes, always the same ones, with half its 95% interval."""
     act = policy(fabric, config, unwrap(state.agent), action_distribution(make_env(0).action_space))
-    mean, interval = mean_and_interval(episodic_returns(fabric, make_env, act, number, seed=config.seed))
-    return {f"{name}/episodic_return": mean, f"{name}/episodic_return_interval": interval}
+    return return_scores(fabric, make_env, act, number, seed=config.seed, name=name)
 
 
 def policy(fabric: Fabric, config: ReinforceConfig, agent: Any, distribution: ActionDistribution) -> Any:
@@ -289,57 +286,22 @@ def main(config: ReinforceConfig) -> str:
     started = time.perf_counter()
     state = train(fabric, config, make_env=make_env, val_env=test_env)
     if state.step == config.steps:
-        summary(fabric, config, state, test_env, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        unwrap(state.agent).load_state_dict(load_module(str(config.run_dir), "agent"))
+        scores = evaluate(fabric, config, state, test_env, config.test_episodes, "test")
+        print_test(fabric, config, scores, episodes=config.test_episodes, seconds=seconds)
     return str(config.run_dir)
-
-
-def summary(fabric: Fabric, config: ReinforceConfig, state: ReinforceState, make_env: MakeEnv, seconds: float) -> None:
-    """Test the best checkpoint and print the result, where the run is, and how to look at it."""
-    unwrap(state.agent).load_state_dict(load_module(str(config.run_dir), "agent"))
-    scores = evaluate(fabric, config, state, make_env, config.test_episodes, "test")
-    if fabric.global_rank == 0:
-        print(
-            f"\nreturn {scores['test/episodic_return']:.1f} +- {scores['test/episodic_return_interval']:.1f}   "
-            f"mean and 95% interval over {config.test_episodes} episodes, best checkpoint\n"
-            f"{seconds:.1f} s\n"
-            f"run: {config.run_dir}\n"
-            f"look: tensorboard --logdir {config.run_dir}\n"
-            f"watch: python -m recipes.reinforce enjoy --run_dir {config.run_dir} --out agent.gif",
-            flush=True,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EnjoyConfig:
-    """Play episodes with a run's best or last checkpoint, and write them as an animated picture."""
-
-    run_dir: str
-    """Directory of the run."""
-    episodes: int = 1
-    """Number of episodes."""
-    out: str = "agent.gif"
-    """GIF file to write."""
-    which: Literal["best", "last"] = "best"
-    """Checkpoint to take."""
-    seed: int = 0
-    """Seed of the episodes."""
-    max_frames: int = 500
-    """Frames after which the picture ends."""
 
 
 def enjoy(request: EnjoyConfig) -> None:
     """Write the picture that ``request`` asks for, and print the returns."""
-    path = Path(request.run_dir) / CONFIG
-    if not path.exists():
-        raise ConfigError(f"run_dir: {request.run_dir} holds no run; check the path")
-    config = ReinforceConfig(**read_config(path) | {"accelerator": "cpu", "devices": 1})
+    config = config_of_run(ReinforceConfig, request.run_dir, accelerator="cpu", devices=1)
     env, fabric = MakeEnvironment(config.env, evaluation=True, render_mode="rgb_array")(), launch(config)
     distribution = action_distribution(env.action_space)
     agent = networks(config, env.observation_space, distribution)
     agent.load_state_dict(load_module(request.run_dir, "agent", which=request.which))
     act = policy(fabric, config, agent, distribution)
-    returns = write_animation(env, act, request.out, request.episodes, seed=request.seed, most=request.max_frames)
-    print(f"returns {', '.join(f'{value:.1f}' for value in returns)}: {request.out}")
+    show_episodes(request, env, act)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -24,7 +23,7 @@ from torch.optim import SGD, Optimizer
 
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
-from lightning_custom.config import RunConfig, read_config, require_at_least, with_run_dir
+from lightning_custom.config import RunConfig, require_at_least, with_run_dir
 from lightning_custom.data import Batches
 from lightning_custom.distributed import mean_gradients_, take_share
 from lightning_custom.few_shot import (
@@ -56,7 +55,7 @@ from lightning_custom.loop import due, hash_seed, seed_step
 from lightning_custom.metrics import MetricLogger
 from lightning_custom.precision import Bare, bare, unwrap
 from lightning_custom.progress import Progress
-from lightning_custom.run import CONFIG
+from lightning_custom.run import config_of_run
 from lightning_custom.schedules import Constant, Linear, set_learning_rate
 from lightning_custom.task_batching import TaskLoss, TaskModel, per_task
 from lightning_custom.task_norm import require_safe_norms
@@ -370,7 +369,7 @@ def adapt(
 
 def load(run_dir: str, *, which: Literal["best", "last"] = "best") -> tuple[nn.Module, dict[str, Any]]:
     """The network of a run of the command line, from its best or last checkpoint, and settings for :func:`adapt`."""
-    config = ReptileConfig(**read_config(Path(run_dir) / CONFIG))
+    config = config_of_run(ReptileConfig, run_dir)
     model = network(config)
     model.load_state_dict(load_module(run_dir, "model", which=which))
     return model, {"config": config}

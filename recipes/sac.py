@@ -15,8 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from gymnasium import spaces
@@ -26,15 +25,16 @@ from torch.optim import Adam, Optimizer
 
 from lightning_custom.action_values import TwinCritics, squashed_gaussian_policy
 from lightning_custom.adversarial import frozen
-from lightning_custom.animation import write_animation
+from lightning_custom.animation import EnjoyConfig, show_episodes
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
-from lightning_custom.config import RunConfig, read_config, require_at_least, with_run_dir
+from lightning_custom.config import RunConfig, require_at_least, with_run_dir
 from lightning_custom.distributed import mean_gradients_
 from lightning_custom.environments.arrays import single_precision
 from lightning_custom.environments.episodes import log_episodes
-from lightning_custom.environments.evaluation import MakeEnv, episodic_returns, mean_and_interval
+from lightning_custom.environments.evaluation import MakeEnv
 from lightning_custom.environments.makers import MakeEnvironment, warn_if_inexact
+from lightning_custom.environments.scores import print_test, return_scores
 from lightning_custom.environments.vector import EnvironmentVector, Episode
 from lightning_custom.errors import ConfigError
 from lightning_custom.launch import launch
@@ -44,7 +44,7 @@ from lightning_custom.numpy_network import acting_network
 from lightning_custom.precision import bare, unwrap
 from lightning_custom.progress import Progress
 from lightning_custom.replay_buffer import ReplayBuffer
-from lightning_custom.run import CONFIG
+from lightning_custom.run import config_of_run
 from lightning_custom.squashed_gaussian import require_bounds, squashed_action, squashed_sample, to_bounds
 from lightning_custom.target_network import TargetNetwork
 
@@ -310,8 +310,7 @@ def evaluate(
 ) -> dict[str, float]:
     """The mean return of ``number`` episodes without noise, always the same ones, with half its 95% interval."""
     act = player(fabric, state.actor, state.envs.action_space)
-    mean, interval = mean_and_interval(episodic_returns(fabric, make_env, act, number, seed=config.seed))
-    return {f"{name}/episodic_return": mean, f"{name}/episodic_return_interval": interval}
+    return return_scores(fabric, make_env, act, number, seed=config.seed, name=name)
 
 
 def player(fabric: Fabric, actor: nn.Module, action_space: Any) -> Callable[[Any], Any]:
@@ -335,58 +334,24 @@ def main(config: SACConfig) -> str:
     started = time.perf_counter()
     state = train(fabric, config, make_env=make_env, val_env=test_env)
     if state.step == config.steps:
-        summary(fabric, config, state, test_env, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        unwrap(state.actor).load_state_dict(load_module(str(config.run_dir), "actor"))
+        scores = evaluate(fabric, config, state, test_env, config.test_episodes, "test")
+        env_steps = config.steps * config.train_every * config.num_envs
+        print_test(fabric, config, scores, episodes=config.test_episodes, seconds=seconds, env_steps=env_steps)
     state.envs.close()
     return str(config.run_dir)
 
 
-def summary(fabric: Fabric, config: SACConfig, state: SACState, make_env: MakeEnv, seconds: float) -> None:
-    """Test the best checkpoint and print the result, where the run is, and how to look at it."""
-    unwrap(state.actor).load_state_dict(load_module(str(config.run_dir), "actor"))
-    scores = evaluate(fabric, config, state, make_env, config.test_episodes, "test")
-    if fabric.global_rank == 0:
-        print(
-            f"\nreturn {scores['test/episodic_return']:.1f} +- {scores['test/episodic_return_interval']:.1f}   "
-            f"mean and 95% interval over {config.test_episodes} episodes, best checkpoint\n"
-            f"{config.steps * config.train_every * config.num_envs:,} environment steps   {seconds:.1f} s\n"
-            f"run: {config.run_dir}\n"
-            f"look: tensorboard --logdir {config.run_dir}\n"
-            f"watch: python -m recipes.sac enjoy --run_dir {config.run_dir} --out agent.gif",
-            flush=True,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EnjoyConfig:
-    """Play episodes with a run's best or last checkpoint, and write them as an animated picture."""
-
-    run_dir: str
-    """Directory of the run."""
-    episodes: int = 1
-    """Number of episodes."""
-    out: str = "agent.gif"
-    """GIF file to write."""
-    which: Literal["best", "last"] = "best"
-    """Checkpoint to take."""
-    seed: int = 0
-    """Seed of the episodes."""
-    max_frames: int = 500
-    """Frames after which the picture ends."""
-
-
 def enjoy(request: EnjoyConfig) -> None:
     """Write the picture that ``request`` asks for, and print the returns."""
-    path = Path(request.run_dir) / CONFIG
-    if not path.exists():
-        raise ConfigError(f"run_dir: {request.run_dir} holds no run; check the path")
-    config = SACConfig(**read_config(path) | {"accelerator": "cpu", "devices": 1})
+    config = config_of_run(SACConfig, request.run_dir, accelerator="cpu", devices=1)
     make_env = MakeEnvironment(config.env, evaluation=True, render_mode="rgb_array")
     fabric, env = launch(config), make_env()
     actor, _ = networks(config, env.observation_space, math.prod(require_bounds(env.action_space).shape))
     actor.load_state_dict(load_module(request.run_dir, "actor", which=request.which))
     act = player(fabric, actor, env.action_space)
-    returns = write_animation(env, act, request.out, request.episodes, seed=request.seed, most=request.max_frames)
-    print(f"returns {', '.join(f'{value:.1f}' for value in returns)}: {request.out}")
+    show_episodes(request, env, act)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,8 @@ from matplotlib import pyplot
 from torch import Tensor
 
 from lightning_custom.checkpoint import load_module
-from lightning_custom.config import read_config
 from lightning_custom.pictures import image_grid
-from lightning_custom.run import CONFIG
+from lightning_custom.run import config_of_run
 from lightning_custom.sampling import sampler
 from recipes import gan
 
@@ -27,7 +26,7 @@ ROWS = 3
 
 def samples(run_dir: Path) -> Tensor:
     """``[30, 1, 32, 32]`` of the last average, three of each class."""
-    config = gan.GANConfig(**read_config(run_dir / CONFIG))
+    config = config_of_run(gan.GANConfig, str(run_dir))
     generator, _ = gan.networks(config, gan.load_data(config))
     generator.load_state_dict(load_module(str(run_dir), "average", which="last"))
     latents = torch.randn(10 * ROWS, config.latent_size, generator=torch.Generator().manual_seed(1))
@@ -37,7 +36,7 @@ def samples(run_dir: Path) -> Tensor:
 
 def real(run_dir: Path) -> Tensor:
     """As many real images."""
-    data = gan.load_data(gan.GANConfig(**read_config(run_dir / CONFIG)))
+    data = gan.load_data(config_of_run(gan.GANConfig, str(run_dir)))
     found = [data.images[data.labels == label][:ROWS] for label in range(10)]
     return torch.stack(found, dim=1).flatten(0, 1)
 

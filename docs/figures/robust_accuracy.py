@@ -19,9 +19,8 @@ from matplotlib import pyplot
 from lightning_custom.adversarial import frozen
 from lightning_custom.attacks import Ball, margins, pgd_with_restarts
 from lightning_custom.checkpoint import load_module
-from lightning_custom.config import read_config
 from lightning_custom.evaluation import evaluating
-from lightning_custom.run import CONFIG
+from lightning_custom.run import config_of_run
 from recipes.adversarial_training import AdversarialTrainingConfig, load_data, network
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -30,7 +29,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 
 def accuracies(run_dir: str, sizes: Sequence[float], steps: int) -> list[float]:
     """The share of test samples that PGD of each size leaves right, from one random start."""
-    config = AdversarialTrainingConfig(**read_config(Path(run_dir) / CONFIG))
+    config = config_of_run(AdversarialTrainingConfig, run_dir)
     _, _, data = load_data(config)
     model = network(config, data)
     model.load_state_dict(load_module(run_dir, "model"))

@@ -8,7 +8,6 @@ masking, or a weak attack of our own, would show as a model that looks more robu
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,9 +15,8 @@ from torch import Tensor
 from lightning_custom.adversarial import frozen
 from lightning_custom.attacks import Ball, pgd_with_restarts, square_search
 from lightning_custom.checkpoint import load_module
-from lightning_custom.config import read_config
 from lightning_custom.evaluation import evaluating
-from lightning_custom.run import CONFIG
+from lightning_custom.run import config_of_run
 from recipes.adversarial_training import AdversarialTrainingConfig, load_data, network
 
 
@@ -26,7 +24,7 @@ def compare(run_dir: str) -> dict[str, float]:
     """The accuracy of the run's best checkpoint under each attack."""
     import torchattacks
 
-    config = AdversarialTrainingConfig(**read_config(Path(run_dir) / CONFIG))
+    config = config_of_run(AdversarialTrainingConfig, run_dir)
     _, _, data = load_data(config)
     model = network(config, data).eval()
     model.load_state_dict(load_module(run_dir, "model"))

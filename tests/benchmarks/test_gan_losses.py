@@ -26,6 +26,7 @@ def test_a_run_differs_from_the_preset_in_loss_and_penalty_alone():
     assert (stack.data, stack.num_classes, stack.image_size) == ("stacked-fashion-mnist", 0, 32)
 
 
+@pytest.mark.slow
 def test_a_run_is_kept_and_scored_at_its_last_step(tmp_path):
     config = config_of("fashion-mnist-small", "hinge + R1", 0, SMALL | {"validate_every": 2}, tmp_path / "run")
     found = run(config)
@@ -65,6 +66,7 @@ def test_rows_are_means_over_seeds_with_the_range_of_the_first_column():
     assert row("r3", found[:1], ("a", "b")) == "| r3 | 1.000 |  | 2.000 | 10 |"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["real", "one"])
 def test_modes_of_samples_that_are_real_stacks_are_those_of_the_stacks(kind, tmp_path, monkeypatch):
     data, drawn = stacked(digits(), count=3000), []

@@ -24,6 +24,7 @@ def brought_by(*names):
     return set(json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout))
 
 
+@pytest.mark.slow
 def test_recipes_bring_nothing_that_not_every_run_needs():
     found = brought_by(*recipes())
     assert "recipes" in found

@@ -62,11 +62,24 @@ def test_what_the_environment_is_given_is_in_its_space(name):
             assert space.contains(np.asarray(action, dtype=space.dtype))
 
 
-def test_choices_are_made_as_often_as_their_probability():
-    distribution = action_distribution(spaces.Discrete(4))
-    logits = np.tile(np.log([0.1, 0.2, 0.3, 0.4]), (10000, 1))
-    even = (np.arange(10000) + 0.5) / 10000
-    assert np.bincount(distribution.sample(logits, even)).tolist() == [1000, 2000, 3000, 4000]
+@pytest.mark.parametrize("shift", [0.0, 500.0])
+def test_choices_are_made_as_often_as_their_probability(shift):
+    distribution, expected, number = action_distribution(spaces.Discrete(4)), np.array([0.1, 0.2, 0.3, 0.4]), 40_000
+    noise = distribution.noise((number,), torch.Generator().manual_seed(0))
+    chosen = distribution.sample(np.tile(np.log(expected) + shift, (number, 1)), noise)
+    found = np.bincount(chosen, minlength=4) / number
+    deviations = np.sqrt(expected * (1 - expected) / number)
+    assert (np.abs(found - expected) < 4 * deviations).all()
+
+
+def test_several_choices_are_independent_and_each_as_likely_as_by_itself():
+    distribution, number = action_distribution(spaces.MultiDiscrete([2, 3])), 40_000
+    noise = distribution.noise((number,), torch.Generator().manual_seed(0))
+    logits = np.log([0.3, 0.7, 0.5, 0.1, 0.4])
+    chosen = distribution.sample(np.tile(logits, (number, 1)), noise)
+    joint = np.outer([0.3, 0.7], [0.5, 0.1, 0.4]).ravel()
+    found = np.bincount(3 * chosen[:, 0] + chosen[:, 1], minlength=6) / number
+    assert (np.abs(found - joint) < 4 * np.sqrt(joint * (1 - joint) / number)).all()
 
 
 def test_bits_are_set_as_often_as_their_probability():
@@ -85,17 +98,17 @@ def test_numbers_have_the_mean_and_deviation_of_the_policy():
     assert actions.std(0) == pytest.approx([0.1, 3.0], rel=0.02)
 
 
-@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
-@pytest.mark.parametrize("logits", [[0.0, 0.0, 0.0], [80.0, 0.0, -80.0], [-1000.0, 0.0, 1000.0], [1e-30, 0.0, 0.0]])
-def test_the_ends_of_the_uniform_numbers_choose_an_action_that_is_there(logits, uniform):
-    chosen = action_distribution(spaces.Discrete(3)).sample(np.array([logits], np.float32), np.array([uniform]))
-    assert 0 <= chosen[0] <= 2
+def test_an_action_whose_noise_or_logit_is_infinitely_low_is_not_chosen():
+    distribution = action_distribution(spaces.Discrete(3))
+    assert distribution.sample(np.zeros((1, 3)), np.array([[-np.inf, -5.0, -np.inf]])).tolist() == [1]
+    noise = distribution.noise((1000,), torch.Generator().manual_seed(0))
+    assert set(distribution.sample(np.tile([-np.inf, 0.0, 0.0], (1000, 1)), noise).tolist()) == {1, 2}
 
 
 def test_noise_of_some_environments_is_a_part_of_that_of_all():
     distribution = action_distribution(spaces.MultiDiscrete([3, 2]))
     whole = distribution.noise((5, 8), torch.Generator().manual_seed(0))
-    assert whole.shape == (5, 8, 2)
+    assert whole.shape == (5, 8, 5)
     assert np.array_equal(whole, distribution.noise((5, 8), torch.Generator().manual_seed(0)))
 
 

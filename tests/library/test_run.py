@@ -16,8 +16,9 @@ import yaml
 
 from lightning_custom import storage
 from lightning_custom.checkpoint import Checkpointer
+from lightning_custom.config import RunConfig
 from lightning_custom.errors import CheckpointError, ConfigError
-from lightning_custom.run import Run, exit_status
+from lightning_custom.run import Run, config_of_run, exit_status
 from lightning_custom.testing import in_processes, single_process
 from tests.library.counting_loop import CountingConfig, Started, run
 
@@ -229,6 +230,7 @@ def test_exit_status_is_128_plus_the_signal(tmp_path, number):
     assert exit_status(tmp_path) == 0
 
 
+@pytest.mark.slow
 def test_the_command_in_the_status_goes_on_with_the_run(tmp_path):
     """The program as a user starts it: a preset and flags that the command need not repeat."""
     program = [sys.executable, "-m", "tests.library.counting_loop", "--preset", "wide", "--steps", "9"]
@@ -258,6 +260,16 @@ def test_config_yaml_holds_what_a_fresh_run_needs_and_no_more(tmp_path):
     assert not {"run_dir", "resume", "stop_at", "max_time"} & stored.keys()
     assert Run(config_in(tmp_path)).stored_config() == stored
     assert Run(config_in(tmp_path / "elsewhere")).stored_config() is None
+
+
+def test_the_config_of_a_run_is_read_by_its_own_kind_alone(tmp_path):
+    run(single_process(), config_in(tmp_path, lr=0.3, stop_at=1))
+    found = config_of_run(CountingConfig, str(tmp_path), steps=7)
+    assert (found.lr, found.steps, found.run_dir) == (0.3, 7, None)
+    with pytest.raises(ConfigError, match=r"another recipe than RunConfig is of: it has .*\blr\b.*; check the path"):
+        config_of_run(RunConfig, str(tmp_path))
+    with pytest.raises(ConfigError, match=f"run_dir: {tmp_path / 'none'} holds no run; check the path"):
+        config_of_run(CountingConfig, str(tmp_path / "none"))
 
 
 def test_a_damaged_config_is_named(tmp_path):

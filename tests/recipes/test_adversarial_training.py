@@ -119,6 +119,7 @@ def test_the_attack_sees_the_model_in_evaluation_mode_and_batch_statistics_are_c
     assert int(model.layers[1].num_batches_tracked) == 4
 
 
+@pytest.mark.slow
 def test_robust_accuracy_at_eps_zero_is_the_clean_one_and_falls_where_there_is_an_attack(tmp_path):
     fields = {"attack_steps": 0, "steps": 150, "lr": 0.01, "validate_every": 0, "log_every": 50}
     state = run(CONFIG, tmp_path, eps=0.0, **fields)

@@ -149,6 +149,7 @@ def run_on(make, fabric, config):
     return train(fabric, config, train_data=make())
 
 
+@pytest.mark.slow
 def test_a_run_of_2_workers_and_random_augmentation_resumes_exactly_inside_a_pass(tmp_path):
     config = dataclasses.replace(SMALL, num_workers=2)
     assert_resumes_exactly(partial(run_on, InWorkers), config, stop_at=7, folder=tmp_path / "workers")

@@ -41,15 +41,21 @@ def every_variant(function):
     return pytest.mark.parametrize("name", VARIANTS)(function)
 
 
+def slow_but(quick, names):
+    """Values of a parameter, all but the quick ones for the slow run."""
+    return [pytest.param(name, marks=() if quick(name) else pytest.mark.slow) for name in names]
+
+
 # One process
 
 
-@every_variant
+@pytest.mark.parametrize("name", slow_but(lambda name: name.endswith("-default"), VARIANTS))
 def test_resumed_run_equals_straight_run(name, tmp_path):
     case, config = VARIANTS[name]
     assert_resumes_exactly(case.run, config, stop_at=BETWEEN_FLUSHES, folder=tmp_path)
 
 
+@pytest.mark.slow
 @every_case
 def test_a_run_resumes_from_every_step(case, tmp_path):
     config = dataclasses.replace(case.config, steps=9, validate_every=3, checkpoint_every=4)
@@ -92,7 +98,7 @@ def losses(run_dir):
     return {tag: value for tag, value in read_rows(run_dir)[0].items() if tag.startswith(beginnings)}
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", slow_but("bf16-mixed".__eq__, PRECISIONS))
 @every_case
 def test_every_precision_resumes_exactly_and_begins_with_the_losses_of_32_true(case, precision, tmp_path):
     bound, dtype = PRECISIONS[precision]

@@ -263,7 +263,7 @@ def test_a_run_leaves_its_scores_and_pictures(finished, capsys):
 
 
 def config_of(run_dir):
-    return recipe.DiffusionConfig(**recipe.read_config(run_dir / "config.yaml"))
+    return recipe.config_of_run(recipe.DiffusionConfig, str(run_dir))
 
 
 def drawn(finished, *words):

@@ -93,6 +93,7 @@ def generated_points(state, config, label=None):
         return state.average.module(latents, *labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_dataset", [Points, EndlessBatches])
 def test_generated_points_of_each_label_lie_where_the_data_of_the_label_lies(make_dataset, tmp_path):
     config = replace(CONFIG, run_dir=str(tmp_path))
@@ -103,6 +104,7 @@ def test_generated_points_of_each_label_lie_where_the_data_of_the_label_lies(mak
         assert points.std(0).max() < 0.6
 
 
+@pytest.mark.slow
 def test_without_labels_generated_points_have_the_mean_and_spread_of_all_data(tmp_path):
     config = replace(CONFIG, num_classes=0, run_dir=str(tmp_path))
     dataset = Points(labelled=False)
