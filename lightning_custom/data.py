@@ -285,6 +285,23 @@ def evaluation_batches(
         yield move_data_to_device(batch, fabric.device)
 
 
+def sample_and_label(fabric: Fabric, batch: Any, batch_size: int, num_classes: int) -> tuple[Tensor, ...]:
+    """The samples ``[B, ...]``, and unless ``num_classes`` is 0 the labels ``[B]``, out of this process's batch.
+
+    :class:`ConfigError` for another size than its share of ``batch_size``, which what is drawn for the whole batch and
+    cut by process relies on, and where there are no labels.
+    """
+    found = (batch,) if isinstance(batch, Tensor) else tuple(batch)
+    if len(found[0]) * fabric.world_size != batch_size:
+        raise ConfigError(
+            f"batch_size: {batch_size} over {fabric.world_size} processes, but the dataset yields batches of "
+            f"{len(found[0])}; set it to the size of all processes' batches, and drop a last smaller one"
+        )
+    if num_classes and len(found) < 2:
+        raise ConfigError(f"num_classes: {num_classes}, but the dataset has no labels; set it to 0")
+    return found[:2] if num_classes else found[:1]
+
+
 def _is_plain(dataset: Any, collate: Callable[[list[Any]], Any] | None) -> bool:
     # A subclass may augment; both containers are lists, as default_collate makes them.
     return type(dataset) is TensorDataset and collate is None

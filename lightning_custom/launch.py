@@ -9,6 +9,7 @@ from lightning.fabric import Fabric
 from lightning_custom.config import RunConfig
 from lightning_custom.distributed import ExplicitStrategy
 from lightning_custom.errors import ConfigError
+from lightning_custom.freed_memory import keep_freed_memory
 from lightning_custom.precision import FullDouble
 from lightning_custom.sharded import fully_sharded
 
@@ -20,7 +21,7 @@ def launch(config: RunConfig) -> Fabric:
 
     With several processes and ``strategy="auto"``, gradients are averaged explicitly
     (:class:`~lightning_custom.distributed.ExplicitStrategy`). What ``config`` leaves open, torchrun, ``fabric run`` or
-    SLURM decide.
+    SLURM decide. On a CPU freed memory is kept (:func:`~lightning_custom.freed_memory.keep_freed_memory`).
     """
     strategy = _left_open(config.strategy, "auto", "LT_STRATEGY")
     precision = _left_open(config.precision, "32-true", "LT_PRECISION")
@@ -48,6 +49,8 @@ def launch(config: RunConfig) -> Fabric:
         fabric.launch()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
     return fabric
 
 

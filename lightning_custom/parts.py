@@ -1,7 +1,8 @@
 """A batch in parts, for gradients that are accumulated over them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from lightning.fabric import Fabric
@@ -41,6 +42,15 @@ def parts(count: int, draw: torch.Generator) -> Iterator[Part]:
         if before is not None:
             draw.set_state(before)
         yield Part(index, count)
+
+
+def mean_over_parts(losses: dict[str, Tensor], named: Mapping[str, Tensor], part: Part) -> Tensor:
+    """The sum of the losses in ``named``, as a part of the batch counts; ``losses`` gets each one's mean over parts."""
+    for tag, value in named.items():
+        own = value.detach() if part.count == 1 else value.detach() / part.count
+        losses[tag] = losses[tag] + own if part.index > 0 else own
+    total = reduce(torch.add, named.values())
+    return total if part.count == 1 else total / part.count
 
 
 def require_parts(fabric: Fabric, batch_size: int, count: int) -> None:

@@ -28,6 +28,7 @@ from lightning_custom.errors import ConfigError
 
 Schedule = Callable[[int], float]
 """The learning rate of a step, given the number of steps finished before it."""
+Name = Literal["constant", "linear", "cosine", "one_cycle"]
 
 
 @dataclass(frozen=True)
@@ -242,6 +243,25 @@ def with_warmup(schedule: Schedule, steps: int, *, start: float = 0.0) -> Join:
     [0.0, 0.1, 0.2, 0.3, 0.4, 0.4]
     """
     return Join((Linear(start, schedule(0), steps), schedule), (steps,))
+
+
+def named(name: Name, lr: float, steps: int, *, warmup_steps: int = 0) -> Schedule:
+    """The schedule that a config names, of the highest rate ``lr`` over ``steps``, of which the first are a warm-up.
+
+    ``linear`` and ``cosine`` fall to 0.
+
+    >>> [round(named("linear", 0.4, 4, warmup_steps=2)(step), 3) for step in range(5)]
+    [0.0, 0.2, 0.4, 0.2, 0.0]
+    """
+    length = max(steps - warmup_steps, 1)
+    kinds: dict[Name, Callable[[], Schedule]] = {
+        "constant": lambda: Constant(lr),
+        "linear": lambda: Linear(lr, 0.0, length),
+        "cosine": lambda: Cosine(lr, length),
+        "one_cycle": lambda: OneCycle(lr, length),
+    }
+    schedule = kinds[name]()
+    return with_warmup(schedule, warmup_steps) if warmup_steps else schedule
 
 
 def set_learning_rate(optimizer: Optimizer, schedule: Schedule | Mapping[int | str, Schedule], step: int) -> None:

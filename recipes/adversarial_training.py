@@ -147,7 +147,7 @@ def train(
     Inputs lie in [0, 1]; a model that wants them normalised does it itself, so that eps keeps its meaning.
     ``optimizer`` makes an optimizer from parameters; ``val_data`` is map-style.
     """
-    config, schedule = with_run_dir(fabric, config), learning_rate(config)
+    config, schedule = with_run_dir(fabric, config), schedules.named(config.schedule, config.lr, config.steps)
     require_unit_box(dataset, val_data)
     make_optimizer = optimizer or (lambda parameters: AdamW(parameters, config.lr, weight_decay=config.weight_decay))
     model = fabric.setup_module(model)
@@ -275,13 +275,6 @@ def require_unit_box(*datasets: Any) -> None:
                     f"dataset: inputs from {inputs.min():.3g} to {inputs.max():.3g}; scale them to [0, 1], and "
                     "normalise inside the model"
                 )
-
-
-def learning_rate(config: AdversarialTrainingConfig) -> schedules.Schedule:
-    """The learning rate that the config names, as a function of the step."""
-    if config.schedule == "constant":
-        return schedules.Constant(config.lr)
-    return schedules.OneCycle(config.lr, max(config.steps, 1))
 
 
 def validate(

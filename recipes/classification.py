@@ -301,11 +301,8 @@ def default_optimizer(config: ClassificationConfig) -> Callable[[Any], Optimizer
 
 def learning_rate(config: ClassificationConfig) -> schedules.Schedule:
     """The learning rate that the config names, as a function of the step."""
-    length = max((config.decay_steps or config.steps) - config.warmup_steps, 1)
-    rest: schedules.Schedule = schedules.Constant(config.lr)
-    if config.schedule != "constant":
-        rest = (schedules.Cosine if config.schedule == "cosine" else schedules.OneCycle)(config.lr, length)
-    return schedules.with_warmup(rest, config.warmup_steps) if config.warmup_steps else rest
+    steps = config.decay_steps or config.steps
+    return schedules.named(config.schedule, config.lr, steps, warmup_steps=config.warmup_steps)
 
 
 def weight_average(config: ClassificationConfig, model: nn.Module) -> AveragedModel | None:

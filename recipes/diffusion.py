@@ -30,7 +30,7 @@ from lightning_custom import schedules
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
 from lightning_custom.config import RunConfig, require_at_least, with_run_dir
-from lightning_custom.data import Batches
+from lightning_custom.data import Batches, sample_and_label
 from lightning_custom.datasets import Images
 from lightning_custom.denoisers import MLPDenoiser, UNetDenoiser
 from lightning_custom.diffusion import Diffusion, Prediction, Schedule, even_times, guided, in_parts, one_of_each_pair
@@ -206,7 +206,7 @@ def train(
             schedules.set_learning_rate(optimizer, rate, state.step)
 
             # Noise of a strength of its own for each sample; some come without their label.
-            samples, *known = samples_and_labels(next(batches), config, fabric)
+            samples, *known = sample_and_label(fabric, next(batches), config.batch_size, config.num_classes)
             drawn = draw_noise(fabric, config, samples, rng.shared)
             noisy = process.noisy(samples, drawn.noise, drawn.times)
             labels = known[0].masked_fill(drawn.unlabelled, config.num_classes) if known else None
@@ -274,22 +274,6 @@ def first_estimates(process: Diffusion, own: Bare, noisy: Tensor, labels: Tensor
     return blank.to(found.dtype).index_copy(0, half, found)
 
 
-def samples_and_labels(batch: Any, config: DiffusionConfig, fabric: Fabric) -> tuple[Tensor, ...]:
-    """The sample, and the label where the denoiser is conditional, out of a batch."""
-    parts = (batch,) if isinstance(batch, Tensor) else tuple(batch)
-    # What is drawn for the whole batch is cut by process.
-    if len(parts[0]) * fabric.world_size != config.batch_size:
-        raise ConfigError(
-            f"batch_size: {config.batch_size} over {fabric.world_size} processes, but the dataset yields batches of "
-            f"{len(parts[0])}; set it to the size of all processes' batches, and drop a last smaller one"
-        )
-    if config.num_classes == 0:
-        return parts[:1]
-    if len(parts) < 2:
-        raise ConfigError(f"num_classes: {config.num_classes}, but the dataset has no labels; set it to 0")
-    return parts[:2]
-
-
 def can_fuse(fabric: Fabric) -> bool:
     """Whether one kernel may do the optimizer's step; scaled gradients are unscaled there, too late to be clipped."""
     return getattr(fabric.strategy.precision, "scaler", None) is None
@@ -297,10 +281,8 @@ def can_fuse(fabric: Fabric) -> bool:
 
 def learning_rate(config: DiffusionConfig) -> schedules.Schedule:
     """The learning rate that the config names, as a function of the step."""
-    length = max((config.decay_steps or config.steps) - config.warmup_steps, 1)
-    constant = config.schedule == "constant"
-    rest = schedules.Constant(config.lr) if constant else schedules.Cosine(config.lr, length)
-    return schedules.with_warmup(rest, config.warmup_steps) if config.warmup_steps else rest
+    steps = config.decay_steps or config.steps
+    return schedules.named(config.schedule, config.lr, steps, warmup_steps=config.warmup_steps)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ from lightning_custom.augmentation import diff_augment
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
 from lightning_custom.config import RunConfig, require_at_least, with_run_dir
-from lightning_custom.data import Batches
+from lightning_custom.data import Batches, sample_and_label
 from lightning_custom.datasets import Images
 from lightning_custom.distributed import mean_gradients_, take_share
 from lightning_custom.ema import EMA
@@ -53,7 +53,7 @@ from lightning_custom.logits import show_logits
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import MetricLogger
 from lightning_custom.mode_collapse import mode_collapse
-from lightning_custom.parts import Part, parts, require_parts
+from lightning_custom.parts import Part, mean_over_parts, parts, require_parts
 from lightning_custom.penalties import Judge, Verdict, penalties
 from lightning_custom.pictures import image_grid
 from lightning_custom.precision import Bare, bare
@@ -259,7 +259,10 @@ def train(
     d_optimizer = Adam(discriminator.parameters(), d_lr, d_betas, fused=True)
     generator, g_optimizer = fabric.setup(generator, g_optimizer)
     discriminator, d_optimizer = fabric.setup(discriminator, d_optimizer)
-    ada = adaptive_probability(fabric, config)
+    ada = AdaptiveProbability(
+        fabric, start=config.ada_start, target=config.ada_target, every=config.ada_every,
+        images=config.ada_images if config.ada else 0.0,
+    )  # fmt: skip
     generate, judge = bare(fabric, generator), partial(judged, fabric, config, bare(fabric, discriminator), ada)
     average = EMA(generator, half_life=config.ema_half_life, ramp=config.ema_ramp)
     batches = Batches(fabric, dataset, batch_size=config.batch_size, seed=config.seed)
@@ -289,7 +292,7 @@ def train(
 
             for d_step in range(config.d_steps):
                 # Discriminator: raise D(real), lower D(fake), keep its gradient at both small.
-                batch = images_and_labels(next(batches), config, fabric)
+                batch = sample_and_label(fabric, next(batches), config.batch_size, config.num_classes)
                 latents = draw_latents(fabric, config, rng.shared)
                 seen: list[tuple[Tensor, list[Tensor]]] = []
                 # The last fakes serve the generator too, unless they are drawn part by part to save memory.
@@ -343,9 +346,8 @@ def train(
             metrics.update(losses | ({"ada/p": ada.p, "ada/r": ada.r} if config.ada else {}))
             progress.show(state.step)
             if due(state.step, config.log_every, last=config.steps):
-                known = show_logits(fabric, metrics, state.step, *verdict.logits.chunk(2)) | rate_tags(
-                    config, state.step - 1
-                )
+                known = show_logits(fabric, metrics, state.step, *verdict.logits.chunk(2))
+                known |= {"lr/generator": g_rate(state.step - 1), "lr/discriminator": d_rate(state.step - 1)}
                 progress.report(state.step, metrics.flush(state.step, known))
             validation = {}
             if due(state.step, config.validate_every, last=config.steps):
@@ -361,45 +363,14 @@ def train(
 def learning_rates(config: GANConfig) -> tuple[schedules.Schedule, schedules.Schedule]:
     """The learning rates of generator and discriminator, as functions of the step."""
     d_lr, _ = lazy_adam(config.d_lr, config.d_betas, config.penalty_every)
-    length = max((config.decay_steps or config.steps) - config.warmup_steps, 1)
-
-    def rate(lr: float, name: str) -> schedules.Schedule:
-        shape: schedules.Schedule = schedules.Constant(lr)
-        if name != "constant":
-            shape = schedules.Cosine(lr, length) if name == "cosine" else schedules.Linear(lr, 0.0, length)
-        return schedules.with_warmup(shape, config.warmup_steps) if config.warmup_steps else shape
-
-    return rate(config.g_lr, config.g_schedule), rate(d_lr, config.d_schedule)
+    steps, warmup = config.decay_steps or config.steps, config.warmup_steps
+    g_rate = schedules.named(config.g_schedule, config.g_lr, steps, warmup_steps=warmup)
+    return g_rate, schedules.named(config.d_schedule, d_lr, steps, warmup_steps=warmup)
 
 
 def reads_steps(config: GANConfig) -> bool:
     """Whether a schedule depends on the run's length."""
     return config.decay_steps is None and {config.g_schedule, config.d_schedule} != {"constant"}
-
-
-def rate_tags(config: GANConfig, step: int) -> dict[str, float]:
-    """The learning rates of a step, where they change."""
-    if config.warmup_steps == 0 and {config.g_schedule, config.d_schedule} == {"constant"}:
-        return {}
-    g_rate, d_rate = learning_rates(config)
-    return {"lr/generator": g_rate(step), "lr/discriminator": d_rate(step)}
-
-
-def adaptive_probability(fabric: Fabric, config: GANConfig) -> AdaptiveProbability:
-    """ADA's probability, which without ADA stays where it is."""
-    images = config.ada_images if config.ada else 0.0
-    return AdaptiveProbability(
-        fabric, start=config.ada_start, target=config.ada_target, every=config.ada_every, images=images
-    )
-
-
-def mean_over_parts(losses: dict[str, Tensor], named: dict[str, Tensor], part: Part) -> Tensor:
-    """The sum of the losses in ``named``, as a part of the batch counts; ``losses`` gets each one's mean over parts."""
-    for tag, value in named.items():
-        own = value.detach() if part.count == 1 else value.detach() / part.count
-        losses[tag] = losses[tag] + own if part.index > 0 else own
-    total = reduce(torch.add, named.values())
-    return total if part.count == 1 else total / part.count
 
 
 def draw_latents(fabric: Fabric, config: GANConfig, draw: torch.Generator) -> Tensor:
@@ -454,22 +425,6 @@ def generator_losses(
     if verdict.classes is not None:
         named["loss/generator_class"] = config.auxiliary * cross_entropy(verdict.classes, label[0])
     return named
-
-
-def images_and_labels(batch: Any, config: GANConfig, fabric: Fabric) -> tuple[Tensor, ...]:
-    """The image, and the label where the networks are conditional, out of a batch."""
-    parts = (batch,) if isinstance(batch, Tensor) else tuple(batch)
-    # Of another size, real and fake logits could not be told apart by halves.
-    if len(parts[0]) * fabric.world_size != config.batch_size:
-        raise ConfigError(
-            f"batch_size: {config.batch_size} over {fabric.world_size} processes, but the dataset yields batches of "
-            f"{len(parts[0])}; set it to the size of all processes' batches, and drop a last smaller one"
-        )
-    if config.num_classes == 0:
-        return parts[:1]
-    if len(parts) < 2:
-        raise ConfigError(f"num_classes: {config.num_classes}, but the dataset has no labels; set it to 0")
-    return parts[:2]
 
 
 def validate(fabric: Fabric, config: GANConfig, state: GANState, scores: Scores | None) -> dict[str, float]:

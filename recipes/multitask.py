@@ -405,10 +405,7 @@ def parameter_groups(
 
 def learning_rates(config: MultitaskConfig, optimizer: Optimizer) -> dict[int | str, schedules.Schedule]:
     """The learning rate of each parameter group by its name, as a function of the step."""
-    shape: schedules.Schedule = schedules.Constant(1.0)
-    if config.schedule != "constant":
-        kind = schedules.Cosine if config.schedule == "cosine" else schedules.OneCycle
-        shape = kind(1.0, max(config.steps, 1))
+    shape = schedules.named(config.schedule, 1.0, config.steps)
     return {group["name"]: schedules.Scaled(shape, group["lr"]) for group in optimizer.param_groups}
 
 

@@ -10,7 +10,7 @@ from lightning_custom.generation import GenerationScores
 from lightning_custom.metrics import read_rows
 from lightning_custom.sampling import sampler
 from lightning_custom.testing import single_process
-from recipes import adversarial_training, classification, gan, maml, multitask, ppo, reinforce
+from recipes import adversarial_training, classification, diffusion, gan, maml, multitask, ppo, reinforce
 
 
 def final_scores(config):
@@ -39,6 +39,16 @@ def test_the_gans_default_preset_reaches_its_stated_result(seed, tmp_path):
     assert scores["val/fid"] <= 2 * scores["val/fid_floor"]
     assert scores["val/classes"] == 10
     assert scores["val/confident_as_asked"] >= 0.95
+
+
+@pytest.mark.slow
+def test_diffusions_default_preset_reaches_its_stated_result(tmp_path):
+    config = diffusion.DiffusionConfig(validate_every=0, accelerator="cpu", run_dir=str(tmp_path))
+    scores = [row for row in read_rows(diffusion.main(config)) if "val/fid" in row][-1]
+    assert scores["step"] == config.steps
+    assert scores["val/fid"] <= 1.5 * scores["val/fid_floor"]
+    assert scores["val/classes"] == 10
+    assert scores["val/confident_as_asked"] >= 0.98
 
 
 @pytest.mark.slow
