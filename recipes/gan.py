@@ -207,8 +207,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # On one core of a CPU in minutes; the page has what each loss reaches with it.
     "fashion-mnist-small": {
-        "data": "fashion-mnist", "image_size": 32, "network": "conv", "width": 16, "batch_size": 32,
-        "latent_size": 64, "steps": 2000, "ema_half_life": 5000.0,
+        "data": "fashion-mnist", "image_size": 32, "network": "dcgan", "width": 16, "batch_size": 32,
+        "latent_size": 64, "steps": 3000, "r1": 0.1, "r2": 0.1, "g_lr": 2e-3, "d_lr": 2e-3, "ema_half_life": 5000.0,
     },
     # For a GPU: R3GAN's settings for CIFAR-10 (Huang et al. 2024), its schedules of gamma, beta and p left out.
     "cifar10": {

@@ -12,10 +12,18 @@ from lightning_custom.launch import make_deterministic
 torch.set_num_threads(1)
 
 
+# What Fabric's own launch leaves, by which a program takes itself for one of several processes.
+LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
 @pytest.fixture(autouse=True)
 def _torch_as_it_was():
-    """No test leaves determinism or a default dtype behind."""
+    """No test leaves determinism, a default dtype, or the variables of a launch behind."""
+    before = {name: os.environ[name] for name in LAUNCHED if name in os.environ}
     yield
+    for name in LAUNCHED:
+        os.environ.pop(name, None)
+    os.environ.update(before)
     make_deterministic(False)
     torch.set_default_dtype(torch.float32)
 
