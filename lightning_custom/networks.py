@@ -6,7 +6,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from lightning_custom.errors import ConfigError
 from lightning_custom.task_norm import BatchStatisticsNorm
@@ -122,7 +121,8 @@ def with_label(features: Tensor, label: Tensor | None, num_classes: int) -> Tens
         return features
     if label is None:
         raise ValueError(f"label: none, but the network was made for {num_classes} classes; pass labels")
-    code = one_hot(label, num_classes).to(features.dtype)
+    # Not one_hot, which looks at the labels' values: it waits for the device, and cannot be recorded.
+    code = torch.eye(num_classes, dtype=features.dtype, device=features.device)[label]
     if features.dim() > 2:
         code = code.view(*code.shape, *(1 for _ in features.shape[2:])).expand(-1, -1, *features.shape[2:])
     return torch.cat([features, code], dim=1)

@@ -38,6 +38,7 @@ ALTERNATION = GANConfig(
 )  # fmt: skip
 """What every peer can do: the non-saturating loss, no penalty, no classes; 32x32 images."""
 PENALISED = dataclasses.replace(ALTERNATION, loss="r3", r1=1.0, r2=1.0)
+NARROW = dataclasses.replace(PENALISED, width=16, batch_size=32)
 SMALL = GANConfig(num_classes=0)
 """The networks of the default preset."""
 DATA = noise_images(32, count=1024)
@@ -292,12 +293,27 @@ def penalty_forms(config: GANConfig, rounds: int = ROUNDS) -> list[Result]:
     )
 
 
+def compiled(rounds: int) -> list[Result]:
+    """The default preset's step, and with the discriminator's gradient compiled."""
+    config = GANConfig(steps=300, log_every=100, validate_every=0, checkpoint_every=0, accelerator="cpu", devices=1)
+    fabric, data = launch(config), noise_images(8, count=1797)
+    return interleave(
+        {
+            "recipes.gan": recipe_contender(fabric, config, data),
+            "recipes.gan --compile true": recipe_contender(fabric, dataclasses.replace(config, compile=True), data),
+        },
+        rounds,
+    )
+
+
 def report(rounds: int = ROUNDS) -> Iterator[str]:
     """All comparisons as tables, one after another."""
     yield table("DCGAN 32x32, width 32, batch 64, no penalty", alternations(rounds))
     yield table("the same with r3, R1 and R2", penalised(rounds))
     yield table("R1 and R2 alone, with their backward pass, DCGAN", penalty_forms(PENALISED, rounds))
     yield table("the same, fully connected, width 128, 8x8", penalty_forms(SMALL, rounds))
+    yield table("R1 and R2 alone, DCGAN, width 16, batch 32", penalty_forms(NARROW, rounds))
+    yield table("the default preset, r3, R1 and R2, 8x8", compiled(rounds))
 
 
 if __name__ == "__main__":

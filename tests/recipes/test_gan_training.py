@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_custom import compiled_gradient
 from lightning_custom.data import Batches
 from lightning_custom.errors import ConfigError
 from lightning_custom.metrics import read_rows
@@ -172,3 +173,58 @@ def test_channels_last_is_the_layout_of_the_weights_and_changes_no_result(tmp_pa
     assert largest_difference(*(capture(state) for state in states)) < 1e-9
     kernels = [part for part in states[1].discriminator.parameters() if part.dim() == 4 and part.shape[1] > 1]
     assert all(part.is_contiguous(memory_format=torch.channels_last) for part in kernels)
+
+
+# Compiled
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """What would be compiled is run as it was recorded, which spares the compiler's half a minute."""
+    monkeypatch.setattr(compiled_gradient, "compile_graph", lambda record, examples: record)
+
+
+COMPILED = [
+    {},
+    {"loss": "hinge", "r2": 0.0},
+    {"loss": "lsgan", "r1": 0.0, "r2": 0.0, "num_classes": 0},
+    {"network": "dcgan", "width": 4, "auxiliary": 0.5, "conditioning": "projection", "d_steps": 2},
+]
+
+
+@pytest.mark.parametrize("fields", COMPILED)
+def test_a_compiled_run_is_the_eager_one(recorded, fields, tmp_path):
+    one, other = (run(tmp_path / str(on), "64-true", compile=on, **fields) for on in (False, True))
+    assert largest_difference(capture(one), capture(other)) < 1e-9
+    rows = [read_rows(tmp_path / str(on)) for on in (False, True)]
+    for eager, compiled in zip(*rows, strict=True):
+        losses = {tag: value for tag, value in eager.items() if tag.startswith("loss/")}
+        assert {tag: compiled[tag] for tag in losses} == pytest.approx(losses, rel=1e-9)
+
+
+def test_the_penalty_is_in_the_compiled_gradient(recorded, tmp_path):
+    one, other = (run(tmp_path / str(r1), "64-true", compile=True, r1=r1) for r1 in (0.5, 5.0))
+    assert largest_difference(one.discriminator.state_dict(), other.discriminator.state_dict()) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        ({"augment": ("color",)}, "augment"),
+        ({"loss": "hinge", "ada": ("blit",), "gp": 1.0}, "ada, gp"),
+        ({"accumulate": 2}, "accumulate"),
+        ({"penalty_every": 4}, "penalty_every"),
+        ({"spectral_norm": True}, "spectral_norm"),
+        ({"loss": "relativistic-average"}, "relativistic-average"),
+    ],
+)
+def test_what_cannot_be_recorded_once_is_refused_with_compile(fields, named):
+    with pytest.raises(ConfigError, match=f"compile: .*; leave out {named}, or --compile"):
+        gan.GANConfig(compile=True, **fields)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of what it imports to compile
+def test_a_run_that_is_compiled_is_the_eager_one(tmp_path):
+    one, other = (run(tmp_path / str(on), compile=on, steps=3) for on in (False, True))
+    assert largest_difference(capture(one), capture(other)) < 1e-4
