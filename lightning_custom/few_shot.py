@@ -7,7 +7,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from lightning.fabric import Fabric
@@ -201,6 +201,31 @@ def score_lines(learner: str, scores: Mapping[str, float], name: str = "test") -
             mean, interval = scores[f"{name}/{score}"], scores[f"{name}/{score}_interval"]
             lines.append(f"{learner:<8}{score:<9}{mean:.4f} +- {interval:.4f}   after {shown}")
     return lines
+
+
+class Tested(Protocol):
+    """What a config says of the test at the end of a run."""
+
+    @property
+    def run_dir(self) -> str | None:
+        """Directory of the run."""
+
+    @property
+    def test_steps(self) -> int:
+        """Inner steps."""
+
+    @property
+    def test_tasks(self) -> int:
+        """Held-out tasks."""
+
+
+def print_test(fabric: Fabric, config: Tested, lines: Sequence[str], seconds: float) -> None:
+    """Print what the best checkpoint reached in its test, after ``seconds`` of training, and where the run is."""
+    if fabric.global_rank > 0:
+        return
+    print(f"\nafter {config.test_steps} inner steps, mean and 95% interval over {config.test_tasks} held-out tasks")
+    print(*lines, sep="\n")
+    print(f"{seconds:.1f} s\nrun: {config.run_dir}\nlook: tensorboard --logdir {config.run_dir}", flush=True)
 
 
 def wave_picture(fabric: Fabric, learners: Mapping[str, tuple[Learner, Sequence[int]]], tasks: Sinusoids) -> Tensor:

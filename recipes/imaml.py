@@ -46,6 +46,7 @@ from lightning_custom.few_shot import (
     mean_over_tasks,
     one_after_another,
     own_copies,
+    print_test,
     query_outputs,
     require_a_task_each,
     require_share,
@@ -407,10 +408,7 @@ def summary(fabric: Fabric, config: IMAMLConfig, state: IMAMLState, tasks: Sampl
     """Test the best checkpoint on held-out tasks and print the result, where the run is, and how to look at it."""
     unwrap(state.model).load_state_dict(load_module(str(config.run_dir), "model"))
     scores = evaluate(fabric, config, state.model, per_task(None), tasks, config.test_tasks, "test")
-    if fabric.global_rank == 0:
-        print(f"\nafter {config.test_steps} inner steps, mean and 95% interval over {config.test_tasks} held-out tasks")
-        print(*score_lines("iMAML", scores), sep="\n")
-        print(f"{seconds:.1f} s\nrun: {config.run_dir}\nlook: tensorboard --logdir {config.run_dir}", flush=True)
+    print_test(fabric, config, score_lines("iMAML", scores), seconds)
 
 
 if __name__ == "__main__":

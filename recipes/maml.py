@@ -45,6 +45,7 @@ from lightning_custom.few_shot import (
     load_tasks,
     mean_over_tasks,
     one_after_another,
+    print_test,
     require_a_task_each,
     require_share,
     score_lines,
@@ -561,10 +562,7 @@ def summary(fabric: Fabric, config: MAMLConfig, state: MAMLState, tasks: Sampler
     if state.joint is not None:
         unwrap(state.joint).load_state_dict(load_module(str(config.run_dir), "joint"))
         lines += score_lines("joint", evaluate(fabric, config, state.joint, None, losses, tasks, number, "test"))
-    if fabric.global_rank == 0:
-        print(f"\nafter {config.test_steps} inner steps, mean and 95% interval over {number} held-out tasks")
-        print(*lines, sep="\n")
-        print(f"{seconds:.1f} s\nrun: {config.run_dir}\nlook: tensorboard --logdir {config.run_dir}", flush=True)
+    print_test(fabric, config, lines, seconds)
 
 
 if __name__ == "__main__":

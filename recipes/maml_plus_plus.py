@@ -47,6 +47,7 @@ from lightning_custom.few_shot import (
     load_tasks,
     mean_over_tasks,
     one_after_another,
+    print_test,
     require_a_task_each,
     require_share,
     score_lines,
@@ -526,10 +527,7 @@ def summary(
     if state.rates is not None:
         unwrap(state.rates).load_state_dict(load_module(str(config.run_dir), "rates"))
     lines = score_lines("MAML++", evaluate(fabric, config, state, per_task(None), tasks, config.test_tasks, "test"))
-    if fabric.global_rank == 0:
-        print(f"\nafter {config.test_steps} inner steps, mean and 95% interval over {config.test_tasks} held-out tasks")
-        print(*lines, sep="\n")
-        print(f"{seconds:.1f} s\nrun: {config.run_dir}\nlook: tensorboard --logdir {config.run_dir}", flush=True)
+    print_test(fabric, config, lines, seconds)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ def test_the_table_names_versions_what_is_missing_and_what_failed():
 def test_a_comparison_runs_in_its_own_process_and_is_written_to_a_page(tmp_path, monkeypatch, capsys):
     package = tmp_path / "tests" / "benchmarks"
     package.mkdir(parents=True)
+    # Before a package of this name that some other project has installed.
+    (package.parent / "__init__.py").touch()
+    (package / "__init__.py").touch()
     body = "def report(): ...\n"
     (package / "good.py").write_text(f"\n{body}print('12.5 ms')\n")
     (package / "bad.py").write_text(f"\n{body}raise SystemExit(3)\n")
