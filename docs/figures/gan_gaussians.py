@@ -94,13 +94,13 @@ def score(samples: Tensor, modes: int) -> tuple[int, float]:
 def draw(found: dict[int, dict[str, Tensor]], path: Path) -> None:
     """A row for each mixture: the data, then each loss's samples of seed 0."""
     figure, axes = pyplot.subplots(2, 1 + len(LOSSES), figsize=(12, 5), layout="constrained")
-    for row, (modes, samples) in zip(axes, found.items(), strict=True):
-        limit = 2.8
+    for number, (modes, samples) in enumerate(found.items()):
+        row, limit = axes[number], 2.8
         for axis, (name, cloud) in zip(row, {"data": points(modes)[:SAMPLES], **samples}.items(), strict=True):
             axis.scatter(*cloud.T, s=1.5, alpha=0.4, linewidths=0, color="0.4" if name == "data" else "#0072b2")
             axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
             caught, good = score(cloud, modes)
-            axis.set_title(name if row is axes[0] else "", fontsize=10)
+            axis.set_title("" if number else name, fontsize=10)
             axis.set_xlabel(f"{caught} of {modes}, {good:.0%} good", fontsize=9)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
