@@ -20,7 +20,7 @@ def test_a_run_differs_from_the_preset_in_loss_and_penalty_alone():
     for name in ("steps", "batch_size", "width", "g_lr", "d_lr", "ema_half_life", "seed", "threads"):
         assert len({getattr(config, name) for config in configs}) == 1
     assert [(config.loss, config.r1, config.r2, config.gp) for config in configs] == [
-        ("r3", 0.5, 0.5, 0), ("nonsaturating", 0.5, 0, 0), ("hinge", 0.5, 0, 0), ("wasserstein", 0, 0, 10)
+        ("r3", 0.1, 0.1, 0), ("nonsaturating", 0.1, 0, 0), ("hinge", 0.1, 0, 0), ("wasserstein", 0, 0, 10)
     ]  # fmt: skip
     stack = config_of("stacked", "r3 + R1 + R2", 0, {}, Path("here"))
     assert (stack.data, stack.num_classes, stack.image_size) == ("stacked-fashion-mnist", 0, 32)
@@ -57,7 +57,7 @@ def test_what_is_in_the_file_is_not_run_again(tmp_path, monkeypatch):
             assert lines.get("r3 + R1 + R2", seed, config)["val/fid"] == 1.0
     assert runs == [("r3", 0), ("r3", 1)]
     keys = [json.loads(line)["run"] for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
-    assert keys == [["r3 + R1 + R2", 0, 2000], ["r3 + R1 + R2", 1, 2000]]
+    assert keys == [["r3 + R1 + R2", 0, 3000], ["r3 + R1 + R2", 1, 3000]]
 
 
 def test_rows_are_means_over_seeds_with_the_range_of_the_first_column():
