@@ -66,7 +66,7 @@ def command_line(
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1 if isinstance(error, (NonFiniteError, SolverError)) else WRONG_USAGE
     except Exception as error:
-        if "WORLD_SIZE" in os.environ:
+        if _one_of_several():
             traceback.print_exc()
             print(f"process {_rank()} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             # The others wait in a collective; leaving at once closes their connections.
@@ -79,7 +79,7 @@ def _run(main: Main, settings: RunConfig) -> str | None:
         return main(settings)  # type: ignore[no-any-return]
     except NonFiniteError as error:
         if settings.replay_step is None and error.run_dir is not None:
-            if "WORLD_SIZE" in os.environ:
+            if _one_of_several():
                 error.what += f" (--replay_step {error.step} names the module)"
             else:
                 _name_the_module(error, main, settings)
@@ -212,6 +212,11 @@ def _rank() -> int:
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
 
 
+def _one_of_several() -> bool:
+    # Fabric's ddp sets it for one process too.
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def _is_first() -> bool:
     return _rank() == 0
 
@@ -222,7 +227,7 @@ def _left_by_process_0(seconds: float = 5.0) -> bool:
     The launcher kills process 0 as soon as a child leaves with a status. An error that all processes have is left to
     process 0 to say and to carry, so a child waits a while for it to go.
     """
-    if _is_first() or "WORLD_SIZE" not in os.environ or _launched_from_outside():
+    if _is_first() or not _one_of_several() or _launched_from_outside():
         return False
     deadline = time.monotonic() + seconds
     while os.getppid() == _PARENT and time.monotonic() < deadline:

@@ -213,7 +213,7 @@ def train(
     agent = agent if agent is not None else networks(config, envs.observation_space, distribution)
     optimizer = FlatAdam(agent.parameters(), config.lr, eps=config.adam_eps)
     agent, optimizer = fabric.setup(agent, optimizer)
-    flat = flattened(optimizer)
+    flat = flattened(optimizer)  # parameters and gradients as one vector each: the same update in fewer calls
     normaliser, scaler = normalisers(fabric, config, envs)
     metrics = MetricLogger(
         fabric,

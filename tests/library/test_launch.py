@@ -31,6 +31,13 @@ def test_fabric_run_decides_what_the_config_leaves_open_and_no_more(monkeypatch)
     assert launch(config(precision="64-true")).setup_module(torch.nn.Linear(1, 1)).weight.dtype == torch.float64
 
 
+def test_on_a_cpu_freed_memory_is_kept(monkeypatch):
+    calls = []
+    monkeypatch.setattr("lightning_custom.launch.keep_freed_memory", lambda: calls.append(1))
+    launch(config())
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize(
     "fields, text",
     [

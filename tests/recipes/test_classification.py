@@ -440,8 +440,13 @@ def last_line(capsys):
     return capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_step_too_long_ends_the_run_with_one_line_and_no_poisoned_checkpoint(tmp_path, capsys):
+@pytest.mark.parametrize("variables", [{}, {"WORLD_SIZE": "1"}], ids=["plain", "as ddp leaves it"])
+def test_a_step_too_long_ends_the_run_with_one_line_and_no_poisoned_checkpoint(
+    variables, tmp_path, capsys, monkeypatch
+):
     """The first step's update makes the weights so large that the second's outputs are not finite."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     flags = ("--steps", 20, "--checkpoint_every", 1, "--warmup_steps", 5, "--schedule", "constant")
     assert program(*flags, "--stop_at", 3, "--lr", 1e30, "--run_dir", tmp_path) == 1
     assert re.fullmatch(

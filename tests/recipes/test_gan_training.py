@@ -180,8 +180,10 @@ def test_channels_last_is_the_layout_of_the_weights_and_changes_no_result(tmp_pa
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """What would be compiled is run as it was recorded, which spares the compiler's half a minute."""
-    monkeypatch.setattr(compiled_gradient, "compile_graph", lambda record, examples: record)
+    """The records that would be compiled, run as they are, which spares the compiler's half a minute."""
+    records = []
+    monkeypatch.setattr(compiled_gradient, "compile_graph", lambda record, examples: records.append(record) or record)
+    return records
 
 
 COMPILED = [
@@ -195,6 +197,7 @@ COMPILED = [
 @pytest.mark.parametrize("fields", COMPILED)
 def test_a_compiled_run_is_the_eager_one(recorded, fields, tmp_path):
     one, other = (run(tmp_path / str(on), "64-true", compile=on, **fields) for on in (False, True))
+    assert len(recorded) == 1
     assert largest_difference(capture(one), capture(other)) < 1e-9
     rows = [read_rows(tmp_path / str(on)) for on in (False, True)]
     for eager, compiled in zip(*rows, strict=True):
@@ -225,6 +228,14 @@ def test_what_cannot_be_recorded_once_is_refused_with_compile(fields, named):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of what it imports to compile
-def test_a_run_that_is_compiled_is_the_eager_one(tmp_path):
+def test_a_run_that_is_compiled_is_the_eager_one(tmp_path, monkeypatch):
+    compile_graph, graphs = compiled_gradient.compile_graph, []
+
+    def counted(record, examples):
+        graphs.append(compile_graph(record, examples))
+        return graphs[-1]
+
+    monkeypatch.setattr(compiled_gradient, "compile_graph", counted)
     one, other = (run(tmp_path / str(on), compile=on, steps=3) for on in (False, True))
+    assert len(graphs) == 1
     assert largest_difference(capture(one), capture(other)) < 1e-4
