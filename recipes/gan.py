@@ -162,7 +162,7 @@ class GANConfig(RunConfig):
     spectral_norm: bool = False
     """Divide the discriminator's weights by their largest singular value."""
     compile: bool = False
-    """Compile the discriminator's gradient, penalty included: faster for mlp, not for convolutions on a CPU."""
+    """Compile the discriminator's gradient, penalty included: the smaller the network, the more it saves."""
     channels_last: bool = False
     """Lay out the convolutional networks' weights and features with channels innermost."""
 
