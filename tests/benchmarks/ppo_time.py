@@ -3,8 +3,8 @@
     python -m tests.benchmarks.ppo_time
     python -m tests.benchmarks.ppo_time --envs 64 --vectorised
 
-The settings of ``ppo_speed``. Clocks stand around the parts that the loop is written in, and cost under 1% of it;
-``rest`` is what is between them: noise for the actions, metrics, the progress bar.
+The settings of ``ppo_speed``. Clocks stand around the parts that the loop is written in, and take a little of the time
+themselves; ``rest`` is what is between them: noise for the actions, metrics, the progress bar.
 """
 
 import argparse
