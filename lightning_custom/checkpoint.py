@@ -26,6 +26,10 @@ from lightning_custom.stopping import Stopper
 
 SHARED_FILE = "state.pt"
 PRECISION_KEY = "precision_plugin"
+_WORDS: dict[Literal["min", "max"], tuple[str, ...]] = {
+    "min": ("loss", "error"),
+    "max": ("accuracy", "precision", "recall", "f1", "return", "delta_m"),
+}
 
 
 class Checkpointer:
@@ -41,7 +45,8 @@ class Checkpointer:
                     break
 
     ``config`` needs a ``run_dir`` (see :func:`~lightning_custom.config.with_run_dir`). ``best`` names the score
-    whose best checkpoint is kept beside the newest ``config.keep``. ``steps_fixed`` says that a schedule reads
+    whose best checkpoint is kept beside the newest ``config.keep``; ``mode`` may be auto for scores that
+    :func:`mode_of` knows. ``steps_fixed`` says that a schedule reads
     ``config.steps``, which a resumed run may then not change. :meth:`due` is called once a step, on all processes.
     """
 
@@ -51,7 +56,7 @@ class Checkpointer:
         config: RunConfig,
         *,
         best: str | None = None,
-        mode: Literal["min", "max"] = "min",
+        mode: Literal["auto", "min", "max"] = "min",
         steps_fixed: bool = False,
     ) -> None:
         if config.run_dir is None:
@@ -60,7 +65,7 @@ class Checkpointer:
         """Whether the loop should leave after this step: a signal, the time limit or ``stop_at``."""
         self._fabric = fabric
         self._config = config
-        self._best_name, self._mode = best, mode
+        self._best_name, self._mode = best, mode_of(best or "") if mode == "auto" else mode
         self._best_value: float | None = None
         self._steps_fixed = steps_fixed
         self._guard: FiniteGuard | None = None
@@ -142,6 +147,12 @@ class Checkpointer:
                 return folder
         if failures:
             raise CheckpointError(f"no usable checkpoint in {root}: {'; '.join(failures)}")
+        # Set aside by an earlier start: what they were of must not begin anew unasked.
+        if damaged := sorted(path.name for path in root.glob("step-*.bad*")):
+            raise CheckpointError(
+                f"no usable checkpoint in {root}: {', '.join(damaged)} are damaged; delete them to begin afresh, or "
+                "choose another --run_dir"
+            )
         return None
 
     def _read(self, folder: Path, state: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, Any]]:
@@ -328,6 +339,20 @@ class Checkpointer:
         else:
             signal = self._stopper.agreed
             self._write_status("stopped", signal=signal if signal > 0 else None)
+
+
+def mode_of(score: str) -> Literal["min", "max"]:
+    """Whether the best of a score's values is the smallest or the largest, by the words in its name.
+
+    :class:`ConfigError` where they do not tell.
+
+    >>> mode_of("val/accuracy"), mode_of("val/loss/size")
+    ('max', 'min')
+    """
+    for mode, words in _WORDS.items():
+        if any(word in score for word in words):
+            return mode
+    raise ConfigError(f"best: no word of {score!r} says whether more is better; check it, or set best_mode to min or max")
 
 
 def _set_aside(folder: Path, error: CheckpointError) -> str:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from lightning_custom.compiled_gradient import CompiledGradient
+from lightning_custom.compiled_gradient import CompiledGradient, refuse_loss_scale
 from lightning_custom.errors import ConfigError
 from lightning_custom.flat_adam import FlatAdam
 from lightning_custom.gradients import clip_norm_
@@ -37,8 +37,7 @@ class CompiledUpdate:
     def __init__(
         self, fabric: Fabric, loss: Loss, module: nn.Module, optimizer: FlatAdam, *, max_norm: float = 0.0
     ) -> None:
-        if getattr(fabric.strategy.precision, "scaler", None) is not None:
-            raise ConfigError("compile: 16-mixed has a loss scale, which this leaves out; use --precision bf16-mixed")
+        refuse_loss_scale(fabric)
         named = dict(unwrap(module).named_parameters())
         own = {id(parameter) for parameter in optimizer.parameters}
         if {id(parameter) for parameter in named.values()} != own:

@@ -30,7 +30,7 @@ class GenerationScores:
     another module are taken as they are, as published scores have them. Half of the real images are compared with as
     many generated ones as the other half holds, so that scores are as biased as :attr:`floors`, those of the two real
     halves. FID and its floor are means over five fixed splits into halves. Of a large data set the first 10,000
-    images serve. Data of one class has no scores of classes.
+    images serve, which should be of all classes. Data of one class has no scores of classes.
 
     Attributes:
         labels: ``[N]`` the labels to generate for; N images are scored.

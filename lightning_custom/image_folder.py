@@ -19,6 +19,7 @@ def image_folder(data_root: str | None, size: int) -> Images:
     """All images under ``data_root`` as ``[N, C, size, size]``: the largest square in the middle, resized (Lanczos).
 
     Subfolders that hold images, at any depth, are classes in the order of their names; without any there is one class.
+    Images come in an order that is mixed once and for all, so that the first of them are of all classes.
     C is 1 where every image is grey and 3 otherwise. Transparent pixels become black. All are in memory as float32,
     12 KiB an image of 32x32 in colour. :class:`ConfigError` names a file that cannot be read.
     """
@@ -28,6 +29,8 @@ def image_folder(data_root: str | None, size: int) -> Images:
     if not root.is_dir():
         raise ConfigError(f"data_root: {root} is no folder; give one that holds images")
     files, labels, num_classes = _classes(root)
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
+    files, labels = [files[i] for i in order], [labels[i] for i in order]
     with ThreadPoolExecutor() as pool:
         arrays = list(pool.map(partial(_read, size=size), files))
     channels = max(array.shape[2] for array in arrays)

@@ -59,6 +59,11 @@ class Weights(Protocol):
         """Real samples of all processes."""
 
 
+def needs_input_gradient(weights: Weights) -> bool:
+    """Whether :func:`penalties` differentiates the logits that it is given: R1 and R2 together share their pass."""
+    return bool(weights.r1 and weights.r2)
+
+
 def penalties(
     fabric: Fabric,
     weights: Weights,
@@ -71,8 +76,8 @@ def penalties(
 ) -> Tensor:
     """The weighted sum of the penalties on ``samples``, real ones before as many generated ones, with their logits.
 
-    ``samples`` required a gradient before ``logits`` were computed. Noise is drawn for the global batch from ``draw``,
-    the step's shared generator.
+    Where :func:`needs_input_gradient` says so, ``samples`` required a gradient before ``logits`` were computed. Noise
+    is drawn for the global batch from ``draw``, the step's shared generator.
     """
 
     def norms(around: Tensor) -> Tensor:
@@ -80,9 +85,12 @@ def penalties(
         return squared_gradient_norms(judge(around, label, draw, part).logits, around)
 
     total, (real, fake) = torch.zeros((), device=samples.device), samples.detach().chunk(2)
-    if weights.r1 or weights.r2:
+    if needs_input_gradient(weights):
         r1, r2 = squared_gradient_norms(logits, samples).chunk(2)
         total = weights.r1 / 2 * r1.mean() + weights.r2 / 2 * r2.mean()
+    elif weights.r1 or weights.r2:
+        # On half of the samples: a pass of their own costs less than second derivatives of all.
+        total = (weights.r1 or weights.r2) / 2 * norms(real if weights.r1 else fake).mean()
     if weights.gp:
         mix = part.of(take_share(torch.rand(weights.batch_size, generator=draw), fabric))
         total = total + weights.gp * norm_penalty(norms(interpolated(real, fake, mix)))

@@ -18,6 +18,7 @@ from lightning_custom.config import C, RunConfig, read_config, recipe_name, stor
 from lightning_custom.errors import ConfigError
 
 CONFIG, STATUS, LOCK, CHECKPOINTS = "config.yaml", "status.json", ".lock", "checkpoints"
+EVENTS, ROWS = "events.out.tfevents.*", "metrics.jsonl"
 
 
 def config_of_run(kind: type[C], run_dir: str, **changes: Any) -> C:
@@ -56,6 +57,8 @@ class Run:
             raise ConfigError(
                 f"resume: must, but {self.path} holds no checkpoint; check --run_dir, or start with --resume auto"
             )
+        if not holds_run:
+            self._refuse_strange_files()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / LOCK).open("a+")
@@ -70,6 +73,15 @@ class Run:
         os.fsync(self._lock.fileno())  # process 0 of another node may read it over a network
         storage.sweep(self.path)
         storage.sweep(self.checkpoints)
+
+    def _refuse_strange_files(self) -> None:
+        """:class:`ConfigError` where a fresh run would write over what another program has logged."""
+        strange = sorted(path.name for pattern in (EVENTS, ROWS) for path in self.path.glob(pattern))
+        if strange:
+            raise ConfigError(
+                f"run_dir: {self.path} holds {strange[0]} and no run of ours, and would lose it; choose another with "
+                "--run_dir"
+            )
 
     def _take_lock(self, file: IO[str]) -> None:
         try:

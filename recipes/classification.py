@@ -66,8 +66,8 @@ class ClassificationConfig(RunConfig):
     """Steps between two rows of metrics."""
     best: str = "val/loss"
     """Score by which the best checkpoint is chosen."""
-    best_mode: Literal["min", "max"] = "min"
-    """Whether the best score is the smallest or the largest."""
+    best_mode: Literal["auto", "min", "max"] = "auto"
+    """Whether the best score is the smallest or the largest; auto: by its name."""
     patience: int = 0
     """Validations without a new best score after which the run is complete; 0: never."""
     batch_size: int = 64

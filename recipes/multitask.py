@@ -80,8 +80,8 @@ class MultitaskConfig(RunConfig):
     """Steps between two checkpoints; 0: only at the end or when stopped."""
     best: str = "val/loss"
     """Score by which the best checkpoint is chosen."""
-    best_mode: Literal["min", "max"] = "min"
-    """Whether the best score is the smallest or the largest."""
+    best_mode: Literal["auto", "min", "max"] = "auto"
+    """Whether the best score is the smallest or the largest; auto: by its name."""
     method: Method = "upgrad"
     """Weighting of the losses, or aggregator of the gradients."""
     method_options: dict[str, Any] | None = None

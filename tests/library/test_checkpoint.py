@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from lightning_custom import storage
-from lightning_custom.checkpoint import Checkpointer, load_module
+from lightning_custom.checkpoint import Checkpointer, load_module, mode_of
 from lightning_custom.errors import CheckpointError, ConfigError
 from lightning_custom.metrics import MetricLogger
 from lightning_custom.state import capture
@@ -346,6 +346,26 @@ def test_without_a_good_checkpoint_every_file_and_reason_is_named(tmp_path, two_
     assert "step-00000001/state.pt: " in text
     assert "bytes instead of" in text
     assert first_difference(before, capture(state)) is None
+    # A second start must not take the run for a fresh one, whose first act is to clear the curves.
+    with (
+        pytest.raises(CheckpointError, match=r"step-00000001.bad, step-00000002.bad are damaged; delete them to begin"),
+        Checkpointer(single_process(), config) as checkpointer,
+    ):
+        checkpointer.restore(state)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with Checkpointer(single_process(), config) as checkpointer:
+        checkpointer.restore(state)
+
+
+@pytest.mark.parametrize("score, best", [("val/fid_error", "min"), ("val/loss/size", "min"), ("val/f1", "max")])
+def test_the_words_in_a_score_say_whether_more_is_better(score, best):
+    assert mode_of(score) == best
+
+
+def test_a_score_of_which_no_word_tells_is_refused_unless_the_mode_is_given(tmp_path):
+    with pytest.raises(ConfigError, match="best: no word of 'val/size' says whether more is better; check it, or set best_mode"):
+        Checkpointer(single_process(), config_in(tmp_path), best="val/size", mode="auto")
+    Checkpointer(single_process(), config_in(tmp_path), best="val/size", mode="max")
 
 
 def test_a_damaged_older_checkpoint_does_not_stop_a_good_newer_one(tmp_path, two_saved, straight):

@@ -47,6 +47,16 @@ def test_a_second_owner_is_refused_with_host_and_pid_until_the_first_leaves(tmp_
     second.close()
 
 
+@pytest.mark.parametrize("name", ["events.out.tfevents.1.host", "metrics.jsonl"])
+def test_a_fresh_run_does_not_clear_what_another_program_has_logged(name, tmp_path):
+    (tmp_path / name).write_text("a week of work\n")
+    (tmp_path / ".tmp-mine").mkdir()
+    with pytest.raises(ConfigError, match=f"run_dir: {tmp_path} holds {name} and no run of ours, and would lose it"):
+        Run(config_in(tmp_path)).open()
+    assert (tmp_path / name).read_text() == "a week of work\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-mine", name]
+
+
 def test_the_lock_is_freed_when_the_loop_fails(tmp_path):
     fabric = single_process()
 

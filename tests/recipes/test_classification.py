@@ -312,7 +312,10 @@ def test_the_average_is_the_model_until_its_start_and_then_the_mean_of_its_weigh
         torch.testing.assert_close(averages[step], torch.stack(weights[3 : step + 1]).mean(0))
 
 
-@pytest.mark.parametrize("best, mode, choose", [("val/loss", "min", min), ("val/class_accuracy/3", "max", max)])
+@pytest.mark.parametrize(
+    "best, mode, choose",
+    [("val/loss", "min", min), ("val/class_accuracy/3", "max", max), ("val/accuracy", "auto", max)],
+)
 def test_the_best_checkpoint_is_that_of_the_named_score(best, mode, choose, tmp_path):
     config = dataclasses.replace(SMALL, steps=16, validate_every=2, schedule="constant", lr=0.1, keep=1)
     config = dataclasses.replace(config, best=best, best_mode=mode, run_dir=str(tmp_path))
@@ -326,7 +329,7 @@ def test_the_best_checkpoint_is_that_of_the_named_score(best, mode, choose, tmp_
 
 
 def test_a_best_that_is_no_score_is_refused_with_those_that_are(tmp_path):
-    config = dataclasses.replace(SMALL, best="val/acuracy", run_dir=str(tmp_path))
+    config = dataclasses.replace(SMALL, best="val/acuracy", best_mode="max", run_dir=str(tmp_path))
     with pytest.raises(
         ConfigError, match=r"best: 'val/acuracy' is not a score; there are val/loss, val/accuracy, val/"
     ):

@@ -58,6 +58,29 @@ def test_penalties_on_a_linear_discriminator_of_slope_3_are_their_closed_forms(w
     assert total.item() == pytest.approx(expected, rel=1e-9)
 
 
+def test_r1_alone_and_r2_alone_are_the_parts_of_both_together_and_so_are_their_gradients():
+    layer = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Tanh(), nn.Linear(5, 1, bias=False), nn.Flatten(0))
+    layer, samples = layer.double(), both_kinds()
+    found = {}
+    for weights in ({"r1": 2.0}, {"r2": 3.0}, {"r1": 2.0, "r2": 3.0}):
+        total = penalty_of(layer, samples, **weights)
+        found[tuple(weights)] = [total, *torch.autograd.grad(total, [layer[1].weight, layer[3].weight])]
+    for alone, other, both in zip(found["r1",], found["r2",], found["r1", "r2"], strict=True):
+        torch.testing.assert_close(alone + other, both, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("weight, seen", [("r1", slice(0, BATCH)), ("r2", slice(BATCH, None))])
+def test_one_of_r1_and_r2_sees_its_own_kind_of_sample_alone(weight, seen):
+    samples, passes = both_kinds(), []
+
+    def network(images):
+        passes.append(images.detach().clone())
+        return images.flatten(1).square().sum(1)
+
+    penalty_of(network, samples, **{weight: 1.0})
+    assert torch.equal(passes[-1], samples[seen])
+
+
 @pytest.mark.parametrize("weight, where", [("gp", "between"), ("dragan", "around")])
 def test_where_a_penalty_looks(weight, where):
     """A discriminator ``|x|^2 / 2`` has the gradient ``x``, whose norm tells at which samples it was taken."""
