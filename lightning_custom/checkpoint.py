@@ -352,7 +352,7 @@ def mode_of(score: str) -> Literal["min", "max"]:
     for mode, words in _WORDS.items():
         if any(word in score for word in words):
             return mode
-    raise ConfigError(f"best: no word of {score!r} says whether more is better; check it, or set best_mode to min or max")
+    raise ConfigError(f"best: no word of {score!r} says whether more is better; check it, or set best_mode")
 
 
 def _set_aside(folder: Path, error: CheckpointError) -> str:

@@ -118,8 +118,23 @@ def parse_config(
     for file in files:
         _set_defaults_from_file(parser, file, config)
     values = _parse(parser, words)
+    if "preset" in given and files and files[-1].name == CONFIG and "run_dir" in given:
+        _warn_of_a_preset_that_is_not_heard(presets[given["preset"]], values, given, words)
     fields = {field.name for field in dataclasses.fields(config)}
     return config(**{name: value for name, value in values.items() if name in fields})
+
+
+def _warn_of_a_preset_that_is_not_heard(
+    preset: Mapping[str, Any], values: Mapping[str, Any], given: Mapping[str, str], words: Sequence[str]
+) -> None:
+    flags = {word.partition("=")[0].removeprefix("--") for word in words}
+    kept = [f"{name} {values[name]!r}" for name, value in preset.items() if values[name] != value and name not in flags]
+    if kept:
+        warnings.warn(
+            f"preset: {given['preset']} is not heard where the run in {given['run_dir']} began with another setting, "
+            f"which it keeps: {', '.join(kept)}",
+            stacklevel=3,
+        )
 
 
 def _parser(

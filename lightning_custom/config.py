@@ -61,6 +61,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, _LEAST)
+        require_at_most(self, {"seed": 2**63 - 1})
 
 
 _LEAST = {
@@ -75,6 +76,13 @@ def require_at_least(config: RunConfig, bounds: Mapping[str, float]) -> None:
         value = getattr(config, name)
         if value is not None and value < least:
             raise ConfigError(f"{name}: {value}; it must be at least {least}")
+
+
+def require_at_most(config: RunConfig, bounds: Mapping[str, float]) -> None:
+    """:class:`ConfigError` for the first field above its bound."""
+    for name, most in bounds.items():
+        if getattr(config, name) > most:
+            raise ConfigError(f"{name}: {getattr(config, name)}; it must be at most {most}")
 
 
 INVOCATION_FIELDS = frozenset({"run_dir", "resume", "stop_at", "max_time", "replay_step"})

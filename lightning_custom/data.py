@@ -285,6 +285,25 @@ def evaluation_batches(
         yield move_data_to_device(batch, fabric.device)
 
 
+def value_range(dataset: Any, *, looked_at: int = 100) -> tuple[float, float] | None:
+    """The smallest and the largest number among a map-style data set's inputs; None where it cannot be indexed.
+
+    Of all inputs of a ``TensorDataset``, and of ``looked_at`` evenly spread ones of another.
+    """
+    if isinstance(dataset, TensorDataset):
+        inputs = [dataset.tensors[0]]
+    elif hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+        places = sorted({round(i) for i in np.linspace(0, len(dataset) - 1, min(looked_at, len(dataset)))})
+        items = [dataset[place] for place in places]
+        inputs = [torch.as_tensor(item[0] if isinstance(item, (tuple, list)) else item) for item in items]
+    else:
+        return None
+    inputs = [part for part in inputs if part.numel()]
+    if not inputs:
+        return None
+    return min(float(part.min()) for part in inputs), max(float(part.max()) for part in inputs)
+
+
 def sample_and_label(fabric: Fabric, batch: Any, batch_size: int, num_classes: int) -> tuple[Tensor, ...]:
     """The samples ``[B, ...]``, and unless ``num_classes`` is 0 the labels ``[B]``, out of this process's batch.
 

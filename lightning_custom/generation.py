@@ -30,7 +30,8 @@ class GenerationScores:
     another module are taken as they are, as published scores have them. Half of the real images are compared with as
     many generated ones as the other half holds, so that scores are as biased as :attr:`floors`, those of the two real
     halves. FID and its floor are means over five fixed splits into halves. Of a large data set the first 10,000
-    images serve, which should be of all classes. Data of one class has no scores of classes.
+    images serve, which should be of all classes. Data of one class has no scores of classes, and samples that are not
+    ``conditional`` were asked for none.
 
     Attributes:
         labels: ``[N]`` the labels to generate for; N images are scored.
@@ -39,9 +40,16 @@ class GenerationScores:
     """
 
     def __init__(
-        self, fabric: Fabric, data: Images, classifier: Classifier, *, features: Features | None = None
+        self,
+        fabric: Fabric,
+        data: Images,
+        classifier: Classifier,
+        *,
+        features: Features | None = None,
+        conditional: bool = True,
     ) -> None:
         self._fabric, self._classifier, self._features = fabric, classifier, features
+        self._conditional = conditional
         self._shares = torch.bincount(data.labels, minlength=data.num_classes).double() / len(data.labels)
         found, _ = self._measure(data.images[:_MOST_SAMPLES].to(fabric.device))
         # Standardised, a feature that is dead on real data would drown all others.
@@ -85,8 +93,9 @@ class GenerationScores:
         }
         if len(self._shares) > 1:
             sure = confidence > 0.9
+            if self._conditional:
+                scores["confident_as_asked"] = (sure & (predicted == self.labels)).float().mean().item()
             scores |= {
-                "confident_as_asked": (sure & (predicted == self.labels)).float().mean().item(),
                 "classes": float(len(predicted[sure].unique())),
                 **class_scores(predicted, self._shares),
             }

@@ -43,7 +43,7 @@ def launch(config: RunConfig) -> Fabric:
     make_deterministic(config.deterministic)
     try:
         fabric = Fabric(accelerator=config.accelerator, num_nodes=num_nodes, **options)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"accelerator, devices, strategy, precision: {' '.join(str(error).split())}") from error
     if "LT_CLI_USED" not in os.environ:  # fabric run has connected the processes, and Fabric refuses to do it again
         fabric.launch()

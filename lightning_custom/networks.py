@@ -111,7 +111,10 @@ class ConvDiscriminator(nn.Module):
 
 def _square(shape: tuple[int, int, int]) -> tuple[int, int, int]:
     if shape[1] != shape[2] or shape[1] % 4:
-        raise ValueError(f"shape: {shape}; the convolutional networks need square images with sides a multiple of 4")
+        raise ConfigError(
+            f"shape: {shape}; the convolutional networks need square images with sides a multiple of 4; set image_size "
+            "to one, or choose another network"
+        )
     return shape
 
 
@@ -120,7 +123,7 @@ def with_label(features: Tensor, label: Tensor | None, num_classes: int) -> Tens
     if num_classes == 0:
         return features
     if label is None:
-        raise ValueError(f"label: none, but the network was made for {num_classes} classes; pass labels")
+        raise ConfigError(f"label: none, but the network was made for {num_classes} classes; pass labels")
     # Not one_hot, which looks at the labels' values: it waits for the device, and cannot be recorded.
     code = torch.eye(num_classes, dtype=features.dtype, device=features.device)[label]
     if features.dim() > 2:

@@ -38,6 +38,16 @@ def config_of_run(kind: type[C], run_dir: str, **changes: Any) -> C:
     return kind(**fields | changes)
 
 
+def newest_step(run_dir: str | Path | None) -> int:
+    """The step of a run's newest checkpoint, which a start would go on from; 0 where there is none."""
+    return 0 if run_dir is None else max(storage.saved_steps(Path(run_dir) / CHECKPOINTS), default=0)
+
+
+def complete_already(config: RunConfig, step: int) -> str:
+    """What a start of a run that had nothing left to do prints."""
+    return f"run: {config.run_dir} was complete already, at step {step}; a larger --steps goes on"
+
+
 class Run:
     """The run directory of one process group, held by process 0 from :meth:`open` to :meth:`close`."""
 

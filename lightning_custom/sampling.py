@@ -70,14 +70,19 @@ def sampler(generator: nn.Module, *, conditional: bool, device: torch.device) ->
     return sample
 
 
+def require_ending(path: Path, endings: tuple[str, ...] = FILES) -> None:
+    """:class:`ConfigError` for a file whose name says that it is of another kind; ask before the work."""
+    if path.suffix not in endings:
+        raise ConfigError(f"out: {path} does not end in {' or '.join(endings)}; choose another with --out")
+
+
 def write_samples(path: Path, images: Tensor, labels: Tensor, columns: int) -> None:
     """Write images ``[N, C, H, W]`` in [-1, 1] as a picture of a grid, or as an array.
 
     ``.png``: rows of ``columns``. ``.npy``: uint8 ``[N, H, W, C]``. ``.npz``: that as ``images``, and ``labels``.
     :class:`ConfigError` for another ending, and where the file cannot be written.
     """
-    if path.suffix not in FILES:
-        raise ConfigError(f"out: {path} ends in none of {', '.join(FILES)}; choose another with --out")
+    require_ending(path)
     unit = (images.detach().cpu() + 1) / 2
     buffer = io.BytesIO()
     if path.suffix == ".png":

@@ -32,7 +32,7 @@ from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
 from lightning_custom.config import RunConfig, require_at_least, with_run_dir
 from lightning_custom.confusion import ConfusionMatrix
-from lightning_custom.data import Batches, evaluation_batches
+from lightning_custom.data import Batches, evaluation_batches, value_range
 from lightning_custom.datasets import Images, load_images, split
 from lightning_custom.distributed import mean_gradients_, take_share
 from lightning_custom.errors import ConfigError
@@ -45,7 +45,8 @@ from lightning_custom.networks import ConvClassifier
 from lightning_custom.pictures import captioned, image_grid
 from lightning_custom.precision import Bare, bare, unwrap
 from lightning_custom.progress import Progress
-from lightning_custom.run import config_of_run
+from lightning_custom.run import complete_already, config_of_run, newest_step
+from lightning_custom.sampling import require_ending
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,10 @@ class AdversarialTrainingConfig(RunConfig):
         require_at_least(self, {"batch_size": 1, "beta": 0, "eps": 0, "eps_warmup": 0, "attack_steps": 0})
         require_at_least(self, {"step_size": 0, "val_attack_steps": 1, "test_attack_steps": 1, "test_restarts": 1})
         require_at_least(self, {"test_queries": 0, "lr": 0, "weight_decay": 0, "width": 8})
+        if self.loss != "madry" and not self.attack_steps:
+            raise ConfigError(
+                f"attack_steps: 0, but {self.loss} compares with attacked inputs; use madry, or more steps"
+            )
         if self.width % 8:
             raise ConfigError(f"width: {self.width}; the network normalises groups of channels, give a multiple of 8")
 
@@ -168,7 +173,7 @@ def train(
             },
         ),
     )
-    fixed = config.schedule != "constant"
+    fixed, shown_as = config.schedule != "constant", "train/robust_" if config.attack_steps else "train/"
 
     with (
         Checkpointer(fabric, config, best="val/robust_accuracy", mode="max", steps_fixed=fixed) as checkpointer,
@@ -199,7 +204,7 @@ def train(
             state.metrics.update({"train/loss": loss})
             progress.show(state.step)
             if due(state.step, config.log_every, last=config.steps):
-                known = {"lr": schedule(state.step - 1), "eps": ball.eps, **state.confusion.flush("train/robust_")}
+                known = {"lr": schedule(state.step - 1), "eps": ball.eps, **state.confusion.flush(shown_as)}
                 progress.report(state.step, state.metrics.flush(state.step, known))
             validation: dict[str, float] = {}
             if due(state.step, config.validate_every, last=config.steps):
@@ -266,15 +271,13 @@ def at_least_as_wide(inputs: Tensor, model: nn.Module) -> Tensor:
 
 
 def require_unit_box(*datasets: Any) -> None:
-    """:class:`ConfigError` where a map-style data set's first input is outside [0, 1], to which attacks are clipped."""
+    """:class:`ConfigError` where inputs of a map-style data set are outside [0, 1], to which attacks are clipped."""
     for dataset in datasets:
-        if hasattr(dataset, "__getitem__") and len(dataset) > 0:
-            inputs = torch.as_tensor(dataset[0][0])
-            if inputs.min() < 0 or inputs.max() > 1:
-                raise ConfigError(
-                    f"dataset: inputs from {inputs.min():.3g} to {inputs.max():.3g}; scale them to [0, 1], and "
-                    "normalise inside the model"
-                )
+        least, most = value_range(dataset) or (0, 1)
+        if least < 0 or most > 1:
+            raise ConfigError(
+                f"dataset: inputs from {least:.3g} to {most:.3g}; scale them to [0, 1], and normalise inside the model"
+            )
 
 
 def validate(
@@ -335,9 +338,9 @@ def side_by_side(inputs: Tensor, perturbed: Tensor) -> Tensor:
 def main(config: AdversarialTrainingConfig) -> str:
     """Train on a real data set, attack the best checkpoint on the test set once, and print what came out."""
     fabric = launch(config)
-    config = with_run_dir(fabric, config)
     data, val_data, test_data = load_data(config)
-    started = time.perf_counter()
+    config = with_run_dir(fabric, config)
+    started, resumed_at = time.perf_counter(), newest_step(config.run_dir)
     state = train(
         fabric,
         config,
@@ -347,7 +350,7 @@ def main(config: AdversarialTrainingConfig) -> str:
         val_data=val_data.dataset(),
     )
     if state.step == config.steps:
-        summary(fabric, config, state, test_data, time.perf_counter() - started)
+        summary(fabric, config, state, test_data, state.step - resumed_at, time.perf_counter() - started)
     return str(config.run_dir)
 
 
@@ -374,15 +377,21 @@ def summary(
     config: AdversarialTrainingConfig,
     state: AdversarialTrainingState,
     test_data: Images,
+    steps: int,
     seconds: float,
 ) -> None:
     """Attack the best checkpoint on the test set and print the result, and how to look at it."""
+    if steps == 0:
+        if fabric.global_rank == 0:
+            print(complete_already(config, state.step))
+        return
     unwrap(state.model).load_state_dict(load_module(str(config.run_dir), "model"))
     started = time.perf_counter()
     scores, _ = evaluate(
         fabric, config, state.model, test_data.dataset(), test_data.num_classes, "test/",
         steps=config.test_attack_steps, restarts=config.test_restarts, queries=config.test_queries,
     )  # fmt: skip
+    state.metrics.record(state.step, scores)
     if fabric.global_rank == 0:
         pgd_name = f"PGD-{config.test_attack_steps} from {config.test_restarts} starts"
         searched = scores.get("test/search_accuracy")
@@ -390,7 +399,7 @@ def summary(
         print(
             f"\ntest accuracy {scores['test/accuracy']:.2%}   "
             f"under {pgd_name}, {config.norm} eps {config.eps:g}: {scores['test/robust_accuracy']:.2%}{search}\n"
-            f"{config.steps * config.batch_size / seconds:,.0f} images/s   {seconds:.1f} s training, "
+            f"{steps * config.batch_size / seconds:,.0f} images/s   {seconds:.1f} s training, "
             f"{time.perf_counter() - started:.1f} s test\n"
             f"run: {config.run_dir}\n"
             f"look: tensorboard --logdir {config.run_dir}\n"
@@ -423,6 +432,9 @@ def attack(request: AttackConfig) -> None:
     """Write the picture that ``request`` asks for."""
     if request.count < 1 or request.attack_steps < 1:
         raise ConfigError(f"count: {request.count}, attack_steps: {request.attack_steps}; both must be at least 1")
+    if request.eps is not None and request.eps < 0:
+        raise ConfigError(f"eps: {request.eps}; it must be at least 0")
+    require_ending(Path(request.out), (".png",))
     config = config_of_run(AdversarialTrainingConfig, request.run_dir)
     _, _, data = load_data(config)
     model = network(config, data)

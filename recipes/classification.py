@@ -29,7 +29,7 @@ from lightning_custom import schedules
 from lightning_custom.augmentation import shift_and_flip
 from lightning_custom.checkpoint import Checkpointer, load_module, read_best
 from lightning_custom.cli import command_line
-from lightning_custom.config import RunConfig, require_at_least, with_run_dir
+from lightning_custom.config import RunConfig, require_at_least, require_at_most, with_run_dir
 from lightning_custom.confusion import ConfusionMatrix
 from lightning_custom.data import Batches, evaluation_batches
 from lightning_custom.datasets import Images, load_images, split
@@ -45,6 +45,7 @@ from lightning_custom.networks import ConvClassifier
 from lightning_custom.pictures import matrix_picture
 from lightning_custom.precision import Bare, unwrap
 from lightning_custom.progress import Progress
+from lightning_custom.run import complete_already, newest_step
 from lightning_custom.sharded import is_sharded, load_weights_
 from lightning_custom.watch import Watch
 
@@ -123,6 +124,10 @@ class ClassificationConfig(RunConfig):
         super().__post_init__()
         require_at_least(self, {"batch_size": 1, "accumulate": 1, "decay_steps": 1, "patience": 0, "warmup_steps": 0})
         require_at_least(self, {"mixup": 0, "sam": 0, "clip_norm": 0, "watch_every": 0, "num_workers": 0, "shift": 0})
+        require_at_least(self, {"lr": 0, "weight_decay": 0, "label_smoothing": 0, "average_decay": 0, "width": 8})
+        require_at_most(self, {"label_smoothing": 1, "average_decay": 1})
+        if self.width % 8:
+            raise ConfigError(f"width: {self.width}; the network normalises groups of channels, give a multiple of 8")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -352,12 +357,12 @@ def out_of_patience(config: ClassificationConfig, state: ClassificationState) ->
 def main(config: ClassificationConfig) -> str:
     """Train on a real data set, test the best checkpoint once, and print what came out."""
     fabric = launch(config)
-    config = with_run_dir(fabric, config)
     train_data, val_data, test_data = load_data(config)
+    config = with_run_dir(fabric, config)
     torch.manual_seed(config.seed)
     channels, size = train_data.images.shape[1], train_data.images.shape[2]
     model = ConvClassifier(channels, size, train_data.num_classes, config.width)
-    started = time.perf_counter()
+    started, resumed_at = time.perf_counter(), newest_step(config.run_dir)
     state = train(
         fabric,
         config,
@@ -367,7 +372,7 @@ def main(config: ClassificationConfig) -> str:
         num_classes=train_data.num_classes,
     )
     if state.step == config.steps or out_of_patience(config, state):
-        summary(fabric, config, state, test_data, time.perf_counter() - started)
+        summary(fabric, config, state, test_data, state.step - resumed_at, time.perf_counter() - started)
     return str(config.run_dir)
 
 
@@ -383,18 +388,28 @@ def load_data(config: ClassificationConfig) -> tuple[Images, Images, Images]:
 
 
 def summary(
-    fabric: Fabric, config: ClassificationConfig, state: ClassificationState, test_data: Images, seconds: float
+    fabric: Fabric,
+    config: ClassificationConfig,
+    state: ClassificationState,
+    test_data: Images,
+    steps: int,
+    seconds: float,
 ) -> None:
     """Test the best checkpoint and print the result, where the run is, and how to look at it."""
+    if steps == 0:
+        if fabric.global_rank == 0:
+            print(complete_already(config, state.step))
+        return
     run_dir = Path(str(config.run_dir))
     load_weights_(unwrap(state.average or state.model), load_module(run_dir, "average" if state.average else "model"))
     scores, _ = evaluate(fabric, state, test_data.dataset(), cross_entropy, "test/")
+    state.metrics.record(state.step, scores)
     if fabric.global_rank == 0:
         best = read_best(run_dir) or {config.best: float("nan")}
         print(
             f"\ntest accuracy {scores['test/accuracy']:.2%}   F1 {scores['test/f1']:.4f}   "
             f"loss {scores['test/loss']:.4f}   (best checkpoint by {config.best}: {best[config.best]:.4f})\n"
-            f"{config.steps * config.batch_size / seconds:,.0f} images/s   {seconds:.1f} s\n"
+            f"{steps * config.batch_size / seconds:,.0f} images/s   {seconds:.1f} s\n"
             f"run: {run_dir}\n"
             f"look: tensorboard --logdir {run_dir}",
             flush=True,

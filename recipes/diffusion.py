@@ -14,6 +14,7 @@ of the samples recognised as the class asked for. `--compile true` compiles the 
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,8 @@ from torch.optim import Adam, Optimizer
 from lightning_custom import schedules
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
-from lightning_custom.config import RunConfig, require_at_least, with_run_dir
-from lightning_custom.data import Batches, sample_and_label
+from lightning_custom.config import RunConfig, require_at_least, require_at_most, with_run_dir
+from lightning_custom.data import Batches, sample_and_label, value_range
 from lightning_custom.datasets import Images
 from lightning_custom.denoisers import MLPDenoiser, UNetDenoiser
 from lightning_custom.diffusion import Diffusion, Prediction, Schedule, even_times, guided, in_parts, one_of_each_pair
@@ -45,9 +46,8 @@ from lightning_custom.metrics import MetricLogger
 from lightning_custom.pictures import image_grid
 from lightning_custom.precision import Bare, unwrap
 from lightning_custom.progress import Progress
-from lightning_custom.run import CHECKPOINTS, config_of_run
-from lightning_custom.sampling import write_samples
-from lightning_custom.storage import saved_steps
+from lightning_custom.run import complete_already, config_of_run, newest_step
+from lightning_custom.sampling import require_ending, write_samples
 
 Generate = Callable[[Tensor, Tensor], Tensor]
 """``(noise [N, ...], labels [N]) -> samples``: this process's share of them, of noise and labels for all processes."""
@@ -130,11 +130,11 @@ class DiffusionConfig(RunConfig):
         super().__post_init__()
         require_at_least(self, {"batch_size": 1, "num_classes": 0, "decay_steps": 1, "warmup_steps": 0, "lr": 0})
         require_at_least(self, {"min_snr": 0, "bound": 0, "clip_norm": 0, "ema_half_life": 0, "ema_ramp": 0})
-        require_at_least(self, {"sample_steps": 1, "eta": 0, "guidance": 0, "label_dropout": 0, "val_images": 4})
+        require_at_least(self, {"sample_steps": 1, "eta": 0, "guidance": 0, "label_dropout": 0, "val_images": 8})
         require_at_least(self, {"width": 8, "depth": 1, "patch": 1})
-        if self.eta > 1 or self.label_dropout > 1:
-            name = "eta" if self.eta > 1 else "label_dropout"
-            raise ConfigError(f"{name}: {getattr(self, name)}; it must be at most 1")
+        require_at_most(self, {"eta": 1, "label_dropout": 1})
+        if self.network == "unet" and self.width % 8:
+            raise ConfigError(f"width: {self.width}; the unet normalises groups of channels, give a multiple of 8")
         if self.prediction == "epsilon" and self.noise_schedule == "cosine" and not self.bound:
             raise ConfigError(
                 "bound: 0.0, but an estimate by epsilon is divided by the signal, of which cosine leaves nothing at "
@@ -177,9 +177,11 @@ def train(
     ``noisy [B, ...]`` has the data's shape, ``times [B]`` are in [0, 1]. ``labels [B]`` go up to ``num_classes``, which
     stands for no label, and are None with ``num_classes=0``; ``estimates [B, ...]`` of the clean samples are zeros
     where there is none yet, and None without self-conditioning. ``dataset`` yields (sample, label) pairs, map-style,
-    or batches of them; with ``num_classes=0`` samples alone, or tuples that begin with one.
+    or batches of them; with ``num_classes=0`` samples alone, or tuples that begin with one. Samples lie within
+    ``bound``.
     """
     config, rate = with_run_dir(fabric, config), learning_rate(config)
+    require_within(config.bound, dataset)
     process = Diffusion(config.noise_schedule, config.prediction, config.bound)
     if config.compile:
         denoiser.compile()
@@ -240,6 +242,16 @@ def train(
             if checkpointer.stop_requested:
                 break
     return state
+
+
+def require_within(bound: float, dataset: Any) -> None:
+    """:class:`ConfigError` where a map-style data set has samples beyond ``bound``, at which estimates are cut."""
+    least, most = value_range(dataset) or (0, 0)
+    if bound and max(-least, most) > bound:
+        raise ConfigError(
+            f"bound: {bound}, but samples go from {least:.3g} to {most:.3g}; scale them, or set bound to their largest "
+            "absolute value"
+        )
 
 
 class Drawn(NamedTuple):
@@ -336,19 +348,21 @@ def main(config: DiffusionConfig) -> str:
     """Train on a real data set and print what came out; returns the run's directory."""
     started = time.perf_counter()
     fabric = launch(config)
-    config = with_run_dir(fabric, config)
     data = load_data(config)
     if config.num_classes not in (0, data.num_classes):
         raise ConfigError(f"num_classes: {config.num_classes}; {config.data} has {data.num_classes}, or use 0 for none")
+    config = with_run_dir(fabric, config)
     denoiser = network(config, data)
     shown = data._replace(images=data.images[: config.val_images], labels=data.labels[: config.val_images])
-    scorer = GenerationScores(fabric, shown, image_classifier(fabric, config.data, data))
+    scorer = GenerationScores(
+        fabric, shown, image_classifier(fabric, config.data, data), conditional=config.num_classes > 0
+    )
 
     def scores(generate: Generate) -> dict[str, float]:
         draw = torch.Generator().manual_seed(config.seed + 1)
         return scorer(generate(torch.randn(len(scorer.labels), *data.images.shape[1:], generator=draw), scorer.labels))
 
-    prepared, resumed_at = time.perf_counter(), max(saved_steps(Path(str(config.run_dir)) / CHECKPOINTS), default=0)
+    prepared, resumed_at = time.perf_counter(), newest_step(config.run_dir)
     state = train(fabric, config, denoiser=denoiser, dataset=data.dataset(), scores=scores)
     if fabric.global_rank == 0 and state.step == config.steps:
         training = time.perf_counter() - prepared
@@ -375,7 +389,7 @@ def summary(config: DiffusionConfig, state: DiffusionState, rate: float, prepari
     """Print what a finished run reached, where it is, and how to look at it."""
     scores = state.metrics.latest
     if not scores:
-        print(f"run: {config.run_dir} was complete already, at step {state.step}; a larger --steps goes on")
+        print(complete_already(config, state.step))
         return
     print("", *score_lines(scores, conditional=config.num_classes > 0), sep="\n")
     print(
@@ -420,6 +434,7 @@ def sample(request: SampleConfig) -> None:
     """Write the file that ``request`` asks for."""
     if request.count < 1:
         raise ConfigError(f"count: {request.count}; it must be at least 1")
+    require_ending(Path(request.out))
     asked = {name: getattr(request, name) for name in ("sample_steps", "eta", "guidance")}
     changes = {name: value for name, value in asked.items() if value is not None}
     config = config_of_run(DiffusionConfig, request.run_dir, **changes)
@@ -429,20 +444,15 @@ def sample(request: SampleConfig) -> None:
     denoiser = network(config, data)
     denoiser.load_state_dict(weights)
     columns = config.num_classes if config.num_classes and request.label is None else math.isqrt(request.count - 1) + 1
-    labels = (
-        torch.arange(request.count) % columns if request.label is None else torch.full((request.count,), request.label)
-    )
+    # Without classes every label is 0, as in the data.
+    labels = torch.arange(request.count) % max(config.num_classes, 1)
+    if request.label is not None:
+        labels = torch.full_like(labels, request.label)
     draw = torch.Generator().manual_seed(request.seed)
     shape = (request.count, *data.images.shape[1:])
-    steps = list(
-        denoising(
-            config,
-            denoiser.eval(),
-            torch.randn(shape, generator=draw),
-            labels,
-            lambda: torch.randn(shape, generator=draw),
-        )
-    )
+    noise = torch.randn(shape, generator=draw)
+    found = denoising(config, denoiser.eval(), noise, labels, lambda: torch.randn(shape, generator=draw))
+    steps = list(found) if request.show != "samples" else [*deque(found, maxlen=1)]
     images = steps[-1][0]
     if request.show != "samples":
         which, columns = int(request.show == "estimates"), len(steps)

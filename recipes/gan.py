@@ -39,7 +39,7 @@ from lightning_custom.augmentation import diff_augment
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
 from lightning_custom.compiled_gradient import CompiledGradient, refuse_loss_scale
-from lightning_custom.config import RunConfig, require_at_least, with_run_dir
+from lightning_custom.config import RunConfig, require_at_least, require_at_most, with_run_dir
 from lightning_custom.data import Batches, sample_and_label
 from lightning_custom.datasets import Images
 from lightning_custom.distributed import mean_gradients_, take_share
@@ -59,9 +59,8 @@ from lightning_custom.penalties import Judge, Verdict, needs_input_gradient, pen
 from lightning_custom.pictures import image_grid
 from lightning_custom.precision import Bare, bare, unwrap
 from lightning_custom.progress import Progress
-from lightning_custom.run import CHECKPOINTS, config_of_run
-from lightning_custom.sampling import SampleConfig, sampler, write_samples
-from lightning_custom.storage import saved_steps
+from lightning_custom.run import complete_already, config_of_run, newest_step
+from lightning_custom.sampling import SampleConfig, require_ending, sampler, write_samples
 
 Scores = Callable[[Callable[[Tensor, Tensor], Tensor]], dict[str, float]]
 """Scores ``generate(latents, labels) -> images``, on every process alike."""
@@ -180,8 +179,7 @@ class GANConfig(RunConfig):
             raise ConfigError(
                 "loss: wasserstein needs a discriminator of bounded slope; set gp to 10, or spectral_norm"
             )
-        if self.ada_start > 1:
-            raise ConfigError(f"ada_start: {self.ada_start}; a probability is at most 1")
+        require_at_most(self, {"ada_start": 1})
         if self.penalty_every > 1 and not (self.r1 or self.r2 or self.gp or self.dragan or self.bcr):
             raise ConfigError(
                 f"penalty_every: {self.penalty_every}, but no penalty has a weight; set r1, or leave it 1"
@@ -492,13 +490,15 @@ def main(config: GANConfig) -> str:
     """Train on a real data set and print what came out; returns the run's directory."""
     started = time.perf_counter()
     fabric = launch(config)
-    config = with_run_dir(fabric, config)
     data = load_data(config)
     if config.num_classes not in (0, data.num_classes):
         raise ConfigError(f"num_classes: {config.num_classes}; {config.data} has {data.num_classes}, or use 0 for none")
     generator, discriminator = networks(config, data)
+    config = with_run_dir(fabric, config)
     features = inception_features(fabric) if config.features == "inception" else None
-    scorer = GenerationScores(fabric, data, image_classifier(fabric, config.data, data), features=features)
+    scorer = GenerationScores(
+        fabric, data, image_classifier(fabric, config.data, data), features=features, conditional=config.num_classes > 0
+    )
 
     def scores(sample: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
         generator = torch.Generator().manual_seed(config.seed + 1)
@@ -506,7 +506,7 @@ def main(config: GANConfig) -> str:
         rank, processes = fabric.global_rank, fabric.world_size
         return scorer(sample(latents.tensor_split(processes)[rank], scorer.labels.tensor_split(processes)[rank]))
 
-    prepared, resumed_at = time.perf_counter(), max(saved_steps(Path(str(config.run_dir)) / CHECKPOINTS), default=0)
+    prepared, resumed_at = time.perf_counter(), newest_step(config.run_dir)
     state = train(
         fabric,
         config,
@@ -547,7 +547,7 @@ def summary(config: GANConfig, state: GANState, rate: float, preparing: float, t
     """Print what a finished run reached, where it is, and how to look at it."""
     scores = state.metrics.latest
     if not scores:
-        print(f"run: {config.run_dir} was complete already, at step {state.step}; a larger --steps goes on")
+        print(complete_already(config, state.step))
         return
     print("", *score_lines(scores, conditional=config.num_classes > 0), sep="\n")
     print(
@@ -562,6 +562,7 @@ def summary(config: GANConfig, state: GANState, rate: float, preparing: float, t
 
 def sample(request: SampleConfig) -> None:
     """Write the file that ``request`` asks for."""
+    require_ending(Path(request.out))
     config = config_of_run(GANConfig, request.run_dir)
     weights = load_module(request.run_dir, request.weights, which=request.which)
     generator, _ = networks(config, load_data(config))

@@ -90,9 +90,19 @@ def test_the_stored_config_replaces_preset_and_file_and_flags_replace_it(tmp_pat
     folder = run_in(tmp_path / "run", lr=0.5, betas=(0.6, 0.7), steps=50)
     file = file_with(tmp_path, "lr: 0.3\nsize: 9\nsteps: 8\n")
     expected = CountingConfig(run_dir=folder, lr=0.5, betas=(0.6, 0.7), steps=50)
-    assert parsed("--preset", "wide", "--config", file, "--run_dir", folder) == expected
+    with pytest.warns(
+        UserWarning, match=f"preset: wide is not heard where the run in {folder} began.*: size 3, lr 0.5"
+    ):
+        assert parsed("--preset", "wide", "--config", file, "--run_dir", folder) == expected
     assert parsed(f"--run_dir={folder}", "--steps", "60").steps == 60
     assert isinstance(parsed("--run_dir", folder).betas, tuple)
+
+
+def test_a_preset_that_a_run_began_with_is_repeated_in_silence(tmp_path):
+    wide = PRESETS["wide"]
+    assert parsed("--preset", "wide", "--run_dir", run_in(tmp_path / "same", **wide)).size == 5
+    other = run_in(tmp_path / "other", **{**wide, "lr": 0.7})
+    assert parsed("--preset", "wide", "--run_dir", other, "--lr", "0.7").lr == 0.7
 
 
 def test_a_directory_without_a_run_stores_nothing(tmp_path):

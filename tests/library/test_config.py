@@ -32,6 +32,12 @@ def stored(config: RunConfig) -> dict:
     return yaml.safe_load(yaml.safe_dump(stored_fields(config)))
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_no_generator_takes_is_refused(seed):
+    with pytest.raises(ConfigError, match=f"seed: {seed}; it must be at"):
+        RunConfig(seed=seed)
+
+
 def test_what_belongs_to_one_start_is_not_stored():
     names = {field.name for field in dataclasses.fields(OwnConfig)}
     assert stored_fields(OwnConfig()).keys() == names - INVOCATION_FIELDS

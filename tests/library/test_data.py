@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_custom.data import Batches, GlobalOrder, evaluation_batches
+from lightning_custom.data import Batches, GlobalOrder, evaluation_batches, value_range
 from lightning_custom.errors import ConfigError
 from lightning_custom.testing import single_process
 
@@ -62,6 +62,27 @@ def equal(one, other):
 
 
 @pytest.mark.parametrize("size, batch_size", [(10, 4), (12, 4), (3, 8), (1, 1)])
+class Listed:
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+def test_the_range_of_values_is_that_of_all_tensors_and_of_evenly_spread_items():
+    inputs = torch.zeros(301, 2)
+    inputs[150], inputs[300] = 7, -3
+    assert value_range(TensorDataset(inputs, torch.zeros(301))) == (-3, 7)
+    assert value_range(Listed([(item, 0) for item in inputs]), looked_at=3) == (-3, 7)
+    assert value_range(Listed(inputs), looked_at=2) == (-3, 0)
+    assert value_range(Listed([])) is None
+    assert value_range(iter(inputs)) is None
+
+
 def test_every_pass_holds_every_sample_once_in_an_order_of_its_own(size, batch_size):
     batches = Batches(process(), Indices(size), batch_size=batch_size, seed=0)
     count = 4 * size  # a whole number of passes for every batch size here

@@ -78,7 +78,7 @@ def test_files_hold_the_pixels(channels, tmp_path):
 
 def test_a_file_of_another_kind_or_out_of_reach_is_refused(tmp_path):
     images, labels = torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.long)
-    with pytest.raises(ConfigError, match=r"ends in none of .png, .npy, .npz"):
+    with pytest.raises(ConfigError, match=r"does not end in .png or .npy or .npz"):
         write_samples(tmp_path / "out.gif", images, labels, 1)
     with pytest.raises(ConfigError, match="out: cannot write"):
         write_samples(tmp_path / "nowhere" / "out.npy", images, labels, 1)

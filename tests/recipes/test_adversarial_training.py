@@ -131,13 +131,18 @@ def test_robust_accuracy_at_eps_zero_is_the_clean_one_and_falls_where_there_is_a
     assert attacked["val/robust_accuracy"] < clean / 2
 
 
-def test_inputs_outside_the_box_are_refused(tmp_path):
-    data = TensorDataset(torch.full((8, 1, 8, 8), -1.0), torch.zeros(8, dtype=torch.int64))
-    with pytest.raises(ConfigError, match=r"from -1 to -1; scale them to \[0, 1\]"):
+def test_inputs_outside_the_box_are_refused_wherever_they_stand(tmp_path):
+    images = torch.zeros(8, 1, 8, 8)
+    images[5] = -1
+    data = TensorDataset(images, torch.zeros(8, dtype=torch.int64))
+    with pytest.raises(ConfigError, match=r"from -1 to 0; scale them to \[0, 1\]"):
         recipe.train(single_process(), CONFIG, model=nn.Linear(1, 1), dataset=data, num_classes=10)
 
 
-@pytest.mark.parametrize("fields", [{"eps": -0.1}, {"width": 12}, {"val_attack_steps": 0}, {"test_restarts": 0}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"eps": -0.1}, {"width": 12}, {"val_attack_steps": 0}, {"test_restarts": 0}, {"attack_steps": 0, "loss": "mart"}],
+)
 def test_a_wrong_setting_is_named(fields):
     with pytest.raises(ConfigError, match=next(iter(fields))):
         recipe.AdversarialTrainingConfig(**fields)

@@ -378,7 +378,13 @@ def test_the_printed_test_accuracy_is_of_the_best_checkpoint(tmp_path, capsys):
     assert accuracies["best"] != accuracies["last"]
     printed = capsys.readouterr().out
     assert f"test accuracy {accuracies['best']:.2%}" in printed
+    (row,) = (row for row in read_rows(tmp_path) if "test/accuracy" in row)
+    assert (row["step"], row["test/accuracy"]) == (12, pytest.approx(accuracies["best"], abs=1e-7))
     assert f"best checkpoint by val/accuracy: {read_best(tmp_path)['val/accuracy']:.4f}" in printed
+    # A start with nothing left to do tests nothing again.
+    assert program(*flags, "--best", "val/accuracy", "--best_mode", "max") == 0
+    printed = capsys.readouterr().out
+    assert printed == f"run: {tmp_path} was complete already, at step 12; a larger --steps goes on\n"
 
 
 # Schedules

@@ -177,12 +177,24 @@ def test_what_does_not_fit_is_refused(tmp_path):
         )
 
 
+def test_samples_beyond_the_bound_are_refused_since_estimates_are_cut_there(tmp_path):
+    samples = torch.zeros(9, 2)
+    samples[5, 1] = -8.2
+    config = replace(CONFIG, num_classes=0, bound=3.0, run_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"bound: 3.0, but samples go from -8.2 to 0; scale them, or set bound"):
+        recipe.train(single_process(), config, denoiser=Witness(), dataset=TensorDataset(samples))
+    recipe.require_within(8.2 + 1e-6, TensorDataset(samples))
+    recipe.require_within(0.0, TensorDataset(samples))
+
+
 @pytest.mark.parametrize(
     "fields, named",
     [
         ({"eta": 1.5}, "eta: 1.5; it must be at most 1"),
         ({"label_dropout": 2.0}, "label_dropout: 2.0; it must be at most 1"),
         ({"sample_steps": 0}, "sample_steps: 0"),
+        ({"val_images": 6}, "val_images: 6; it must be at least 8"),
+        ({"network": "unet", "width": 12}, "width: 12; the unet normalises groups"),
         ({"min_snr": -1.0}, "min_snr: -1.0"),
         ({"prediction": "epsilon", "bound": 0.0}, "bound: 0.0, but an estimate by epsilon"),
         ({"label_dropout": 0.0, "guidance": 1.0}, "guidance: 1.0, but the denoiser never works without a label"),
@@ -304,7 +316,7 @@ def test_sample_draws_a_column_a_class_and_a_row_for_each_way(finished, tmp_path
     [
         (("--count", 0), "count: 0"),
         (("--label", 10), "label: 10; the run has 10 classes"),
-        (("--out", "grid.gif"), "out: grid.gif ends in none of"),
+        (("--out", "grid.gif"), "out: grid.gif does not end in"),
         (("--eta", 2), "eta: 2.0"),
         (("--show", "nothing"), "show"),
         (("--run_dir", "nowhere"), "run_dir: nowhere holds no run"),

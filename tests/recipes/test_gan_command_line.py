@@ -245,7 +245,7 @@ def refused(result):
         (("--run_dir", "RUN", "--count", "many"), "count"),
         (("--run_dir", "RUN", "--which", "worst"), "which"),
         (("--run_dir", "RUN", "--out", "nowhere/grid.png"), "out: cannot write nowhere/grid.png"),
-        (("--run_dir", "RUN", "--out", "grid.gif"), "out: grid.gif ends in none of .png, .npy, .npz"),
+        (("--run_dir", "RUN", "--out", "grid.gif"), "out: grid.gif does not end in .png or .npy or .npz"),
         (("--run_dir", "RUN", "--label", 10), "label: 10; the run has 10 classes"),
         (("--run_dir", "RUN", "--psi", -1), "psi: -1.0"),
         (("--run_dir", "RUN", "--colour", "red"), "--colour"),

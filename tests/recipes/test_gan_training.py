@@ -149,7 +149,7 @@ def test_spectral_norm_resumes_to_the_bit_only_with_its_vectors(tmp_path, monkey
         ({"auxiliary": 1.0, "conditioning": "concatenation"}, "is told the class already"),
         ({"accumulate": 2, "loss": "relativistic-average"}, "needs the mean logit of the whole batch"),
         ({"ada_target": -2.0}, "ada_target: -2.0"),
-        ({"ada_start": 5.0}, "ada_start: 5.0; a probability is at most 1"),
+        ({"ada_start": 5.0}, "ada_start: 5.0; it must be at most 1"),
         ({"loss": "wasserstein", "r1": 0.0, "r2": 0.0}, "loss: wasserstein needs a discriminator of bounded slope"),
     ],
 )
