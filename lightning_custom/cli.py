@@ -214,7 +214,8 @@ def _parse_verb(kind: type[Any], verb: str, words: Sequence[str]) -> Any:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).replace("error: ", "")
+    line = " ".join(str(error).split()).replace("error: ", "")
+    return line.replace("Expected a <class 'tuple'>", "write several values as '[a, b]' and one as '[a]'")
 
 
 def _one_line_warning(

@@ -8,6 +8,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
+from lightning_custom.distributed import share
 from lightning_custom.errors import ConfigError
 
 
@@ -55,7 +56,9 @@ def mean_over_parts(losses: dict[str, Tensor], named: Mapping[str, Tensor], part
 
 def require_parts(fabric: Fabric, batch_size: int, count: int) -> None:
     """:class:`ConfigError` unless every process's share of a batch has ``count`` equal parts."""
-    if batch_size % (fabric.world_size * count):
+    if count == 1:
+        share(batch_size, fabric, "batch_size")
+    elif batch_size % (fabric.world_size * count):
         raise ConfigError(
             f"accumulate: {count}, but batch_size {batch_size} on {fabric.world_size} processes does not make equal "
             f"parts; set batch_size to a multiple of {fabric.world_size * count}"

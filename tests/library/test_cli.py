@@ -98,6 +98,11 @@ def test_the_stored_config_replaces_preset_and_file_and_flags_replace_it(tmp_pat
     assert isinstance(parsed("--run_dir", folder).betas, tuple)
 
 
+def test_one_value_for_a_list_is_refused_with_how_to_write_it():
+    with pytest.raises(ConfigError, match=r"betas.*write several values as '\[a, b\]' and one as '\[a\]'"):
+        parsed("--betas", "0.5")
+
+
 def test_a_preset_that_a_run_began_with_is_repeated_in_silence(tmp_path):
     wide = PRESETS["wide"]
     assert parsed("--preset", "wide", "--run_dir", run_in(tmp_path / "same", **wide)).size == 5
