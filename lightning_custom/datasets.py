@@ -1,10 +1,13 @@
 """Real data sets as tensors: scikit-learn's digits, which need no download, and others from a folder."""
 
+import contextlib
 import gzip
 import os
 import struct
+import tempfile
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,9 +132,22 @@ def _torchvision(kind: str, data_root: str, train: bool, remedy: str, part: str 
             "pip install 'lightning-custom[vision]'"
         ) from error
     try:
-        return getattr(datasets, kind)(data_root, download=True, **{part: train})
+        with _one_process(Path(data_root)):  # all of a run's processes ask at once
+            return getattr(datasets, kind)(data_root, download=True, **{part: train})
     except Exception as error:
         raise ConfigError(f"data_root: {kind} could not be downloaded to {data_root} ({error}); {remedy}") from error
+
+
+@contextlib.contextmanager
+def _one_process(folder: Path) -> Iterator[None]:
+    """Let in one process of this machine after another; where files cannot be locked, all."""
+    name = f"lightning-custom-{zlib.crc32(str(folder.resolve()).encode()):08x}.lock"
+    with (Path(tempfile.gettempdir()) / name).open("w") as file:
+        with contextlib.suppress(ImportError):  # Windows
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _read_idx(path: Path) -> np.ndarray:

@@ -2,7 +2,10 @@ import gzip
 import os
 import struct
 import sys
+import threading
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from sklearn.datasets import load_digits
 from lightning_custom.datasets import (
     OMNIGLOT_FILE,
     Images,
+    _torchvision,
     digits,
     fashion_mnist,
     load_images,
@@ -184,6 +188,24 @@ def test_omniglot_is_fetched_once_reduced_and_kept_in_one_file(tmp_path):
     again = omniglot(str(tmp_path))
     assert FakeOmniglot.downloads == 2
     assert torch.equal(again.images, characters.images)
+
+
+def test_processes_that_start_at_once_download_one_after_another(tmp_path, monkeypatch):
+    inside, most = [], []
+
+    class Slow:
+        def __init__(self, root, download, train):
+            inside.append(threading.get_ident())
+            time.sleep(0.05)
+            most.append(len(inside))
+            inside.remove(threading.get_ident())
+
+    package = types.ModuleType("torchvision")
+    package.datasets = types.SimpleNamespace(MNIST=Slow)
+    monkeypatch.setitem(sys.modules, "torchvision", package)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: _torchvision("MNIST", str(tmp_path), True, "fetch it"), range(4)))
+    assert most == [1, 1, 1, 1]
 
 
 @pytest.mark.usefixtures("fake_torchvision")
