@@ -8,7 +8,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from lightning_custom.policies import Features, PictureTrunk
+from lightning_custom.policies import Features, PictureTrunk, is_real_vector
 
 
 class DuelingHead(nn.Module):
@@ -65,8 +65,7 @@ def _trunk(space: gym.Space[Any]) -> tuple[list[nn.Module], int, int]:
     if isinstance(space, spaces.Box) and space.shape[1:] == (84, 84):
         return [PictureTrunk(space.shape[0])], 512, 0
     features = Features(space)
-    is_vector = isinstance(space, spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f"
-    return [] if is_vector else [features], features.size, 2
+    return [] if is_real_vector(space) else [features], features.size, 2
 
 
 def _mlp(inputs: int, outputs: int, width: int, layers: int) -> list[nn.Module]:

@@ -8,8 +8,12 @@ import numpy as np
 from gymnasium import error
 
 from lightning_custom.environments.arrays import Array, Observations, each_action
+from lightning_custom.environments.evaluation import LONGEST
 from lightning_custom.environments.layers import Environment
 from lightning_custom.errors import ConfigError
+
+ONE_PROCESS: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
+"""Settings of a run that ``enjoy`` replaces, however it was trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,11 @@ class EnjoyConfig:
     """Seed of the episodes."""
     max_frames: int = 500
     """Frames after which the picture ends."""
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "max_frames"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)}; it must be at least 1")
 
 
 def show_episodes(request: EnjoyConfig, env: Environment, act: Callable[[Observations], Array]) -> None:
@@ -49,14 +58,18 @@ def write_animation(
     returns = []
     for episode in range(episodes):
         observation, _ = env.reset(seed=seed + episode)
-        total, ended = 0.0, False
-        while not ended:
+        total, steps, ended = 0.0, 0, False
+        while not ended and steps < LONGEST:
             if len(frames) < most:
                 frames.append(Image.fromarray(_frame(env)))
-            batch = {key: part[None] for key, part in observation.items()} if isinstance(observation, dict) else None
+            batch = (
+                {key: np.asarray(part)[None] for key, part in observation.items()}
+                if isinstance(observation, dict)
+                else None
+            )
             actions = act(batch if batch is not None else np.asarray(observation)[None])
             observation, reward, terminated, truncated, _ = env.step(each_action(actions)[0])
-            total, ended = total + float(reward), terminated or truncated
+            total, steps, ended = total + float(reward), steps + 1, terminated or truncated
         returns.append(total)
     rate = env.metadata.get("render_fps") or 30
     try:

@@ -37,6 +37,7 @@ class FlatAdam(Adam):
     ) -> None:
         super().__init__(parameters, lr, betas, eps, weight_decay, fused=True)
         self._vector: Tensor | None = None
+        self._gradients: list[Tensor] = []
         self.parameters: list[nn.Parameter] = []
         """Those whose views :meth:`views` gives, in their order."""
         self._averages: tuple[Tensor, Tensor, Tensor] | None = None
@@ -64,7 +65,8 @@ class FlatAdam(Adam):
         self.parameters = parameters
         self._vector = vector = _joined(parameters)
         vector.grad = torch.zeros_like(vector)
-        for part, view, gradient in zip(parameters, self.views(vector), self.views(vector.grad), strict=True):
+        self._gradients = self.views(vector.grad)
+        for part, view, gradient in zip(parameters, self.views(vector), self._gradients, strict=True):
             if part.grad is not None:
                 gradient.copy_(part.grad)
             part.data, part.grad = view, gradient
@@ -77,15 +79,26 @@ class FlatAdam(Adam):
         else:
             assert self._vector.grad is not None
             self._vector.grad.zero_()
+            for part, gradient in zip(self.parameters, self._gradients, strict=True):
+                if part.grad is not gradient:
+                    part.grad = gradient
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """An update; returns what ``closure``, which computes the gradient, returns."""
+        """An update; returns what ``closure``, which computes the gradient, returns.
+
+        :class:`ConfigError` where a parameter's gradient is no longer part of the vector's.
+        """
         if self._vector is None:
             return super().step(closure)
         assert self._vector.grad is not None
         with torch.enable_grad():
             found = None if closure is None else closure()
+        if any(part.grad is not gradient for part, gradient in zip(self.parameters, self._gradients, strict=True)):
+            raise ConfigError(
+                "optimizer: a gradient was put in place of the one in its vector, as by module.zero_grad(); "
+                "clear gradients with the optimizer's zero_grad()"
+            )
         self.step_along(self._vector.grad)
         return found
 

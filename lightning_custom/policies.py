@@ -1,16 +1,56 @@
 """Networks of policies and values, for whatever an environment shows and takes."""
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import torch
 from gymnasium import spaces
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from lightning_custom.action_distributions import ActionDistribution, Gaussian
+from lightning_custom.environments.arrays import Array, Observations, empty_observations, single_precision
 from lightning_custom.errors import ConfigError
+from lightning_custom.evaluation import evaluating
+
+
+def refuse_loss_scale(fabric: Fabric) -> None:
+    """:class:`ConfigError` for ``16-mixed``, for loops that clip or step along gradients as they are."""
+    if getattr(fabric.strategy.precision, "scaler", None) is not None:
+        raise ConfigError(
+            "precision: 16-mixed has a loss scale, which this loop would clip and step along with the gradient; "
+            "use bf16-mixed"
+        )
+
+
+def require_actor(agent: nn.Module) -> None:
+    """:class:`ConfigError` for a module that cannot act apart from its value."""
+    if not isinstance(getattr(agent, "actor", None), nn.Module):
+        raise ConfigError(f"agent: {type(agent).__name__} has no actor, a module that acts; give an ActorCritic")
+
+
+def check_outputs(
+    act: Callable[[Observations], Array], module: nn.Module, space: gym.Space[Any], size: int, *, name: str
+) -> None:
+    """:class:`ConfigError` unless ``act``, of ``module``, gives ``size`` numbers for each observation of ``space``."""
+    with evaluating(module):
+        shape = act(single_precision(_members(space, 2))).shape
+    if shape != (2, size):
+        raise ConfigError(
+            f"{name}: gives numbers of shape {shape} for 2 observations, but the actions need {(2, size)}; "
+            "change its last layer"
+        )
+
+
+def _members(space: gym.Space[Any], count: int) -> Any:
+    if isinstance(space, spaces.Dict):
+        return {key: _members(part, count) for key, part in space.spaces.items()}
+    zeros: Any = empty_observations(space, count)
+    return zeros + np.asarray(getattr(space, "start", 0), dtype=zeros.dtype)
 
 
 class ActorCritic(nn.Module):
@@ -72,7 +112,7 @@ def _as_vectors(observations: Any, space: gym.Space[Any]) -> Tensor:
         sizes = [int(n) for n in space.nvec.ravel()]
         parts = [nn.functional.one_hot(column, size) for column, size in zip(numbers.T, sizes, strict=True)]
         return torch.cat(parts, 1).to(_default())
-    vectors: Tensor = observations.flatten(1)
+    vectors: Tensor = observations.reshape(len(observations), -1)
     return vectors if vectors.is_floating_point() else vectors.to(_default())
 
 
@@ -161,5 +201,9 @@ def actor_critic(
 
 
 def _features(space: gym.Space[Any]) -> list[nn.Module]:
-    is_vector = isinstance(space, spaces.Box) and len(space.shape) == 1
-    return [] if is_vector else [Features(space)]
+    return [] if is_real_vector(space) else [Features(space)]
+
+
+def is_real_vector(space: gym.Space[Any]) -> bool:
+    """Whether observations of ``space`` can go into a fully connected layer as they are."""
+    return isinstance(space, spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f"

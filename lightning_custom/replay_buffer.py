@@ -371,3 +371,12 @@ def _split(rows: Array) -> list[bytes]:
 def _places(first: Array, last: Array) -> Array:
     """Of each transition the place of its observation, and of the one after its last step, ``[2b]``."""
     return np.stack([first["place"], last["place"] + 1], axis=1).ravel()
+
+
+def check_learning_starts(learning_starts: int, env_steps: int) -> None:
+    """:class:`ConfigError` where a run of so many steps of all environments would end before its first update."""
+    if 0 < env_steps <= learning_starts:
+        raise ConfigError(
+            f"learning_starts: {learning_starts}, but the run has {env_steps} environment steps and would make no "
+            "update; lower it, or give more steps"
+        )

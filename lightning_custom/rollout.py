@@ -12,7 +12,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from lightning_custom.distributed import gather_shares
-from lightning_custom.environments.arrays import Array, Observations
+from lightning_custom.environments.arrays import Array, Observations, single_precision
 from lightning_custom.environments.evaluation import rows_of
 from lightning_custom.environments.vector import Episode
 
@@ -40,11 +40,13 @@ class Rollout:
             envs.step(actions)
             rollout.record(actions, envs)
 
-    Observations are kept as ``normalise`` makes them, and also as they were.
+    Observations are kept as ``normalise`` makes them, and then also as they were; without it in float32 where they
+    are real numbers.
     """
 
     def __init__(self, num_steps: int, normalise: Normalise | None = None) -> None:
-        self.num_steps, self._normalise = num_steps, normalise
+        self.num_steps, self._normalise = num_steps, normalise or single_precision
+        self._keeps_raw = normalise is not None
         self.observations: Any = None
         """What was acted on, ``[T, E, ...]``."""
         self.raw_observations: Any = None
@@ -66,12 +68,12 @@ class Rollout:
     def observe(self, envs: Environments) -> Observations:
         """What the next actions answer to, noted down."""
         raw = envs.observations
-        seen = raw if self._normalise is None else self._normalise(raw)
+        seen = self._normalise(raw)
         if self.observations is None:
             self.observations = _room(seen, self.num_steps)
-            self.raw_observations = self.observations if seen is raw else _room(raw, self.num_steps)
+            self.raw_observations = _room(raw, self.num_steps) if self._keeps_raw else self.observations
         _write(self.observations, self._t, seen)
-        if seen is not raw:
+        if self._keeps_raw:
             _write(self.raw_observations, self._t, raw)
         # A copy, since environments write over theirs.
         return rows_of(self.observations, self._t)
@@ -86,8 +88,7 @@ class Rollout:
         self._ignored.append(envs.ignored.copy())
         if envs.episodes:
             self.episodes += envs.episodes
-            final = rows_of(envs.final_observations, envs.terminated | envs.truncated)
-            self._finals.append(final if self._normalise is None else self._normalise(final))
+            self._finals.append(self._normalise(rows_of(envs.final_observations, envs.terminated | envs.truncated)))
 
     @property
     def actions(self) -> Array:
@@ -124,8 +125,7 @@ class Rollout:
 
         ``last`` are the environments' observations after the rollout.
         """
-        seen = last if self._normalise is None else self._normalise(last)
-        return _concatenated([_merged(self.observations), seen, *self._finals])
+        return _concatenated([_merged(self.observations), self._normalise(last), *self._finals])
 
 
 def _room(observations: Observations, steps: int) -> Observations:

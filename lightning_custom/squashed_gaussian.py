@@ -53,5 +53,7 @@ def require_bounds(space: gym.Space[Any]) -> spaces.Box:
 def to_bounds(actions: Array, space: spaces.Box) -> Array:
     """``actions [E, D]`` in [-1, 1], stretched to the bounds and shape of ``space``, ``[E, ...]``."""
     shaped = actions.reshape(-1, *space.shape)
-    stretched: Array = (space.low + (shaped + 1) / 2 * (space.high - space.low)).astype(space.dtype)
-    return stretched
+    stretched = space.low + (shaped + 1) / 2 * (space.high - space.low)
+    # Rounding may leave the bounds by a bit.
+    within: Array = np.clip(stretched, space.low, space.high).astype(space.dtype)
+    return within

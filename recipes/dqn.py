@@ -25,7 +25,7 @@ from torch.nn.functional import smooth_l1_loss
 from torch.optim import Adam, Optimizer
 
 from lightning_custom.action_values import q_network
-from lightning_custom.animation import EnjoyConfig, show_episodes
+from lightning_custom.animation import ONE_PROCESS, EnjoyConfig, show_episodes
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
 from lightning_custom.config import RunConfig, require_at_least, with_run_dir
@@ -37,14 +37,16 @@ from lightning_custom.environments.makers import MakeEnvironment, warn_if_inexac
 from lightning_custom.environments.scores import print_test, return_scores
 from lightning_custom.environments.vector import EnvironmentVector, Episode
 from lightning_custom.errors import ConfigError
+from lightning_custom.evaluation import evaluating
 from lightning_custom.gradients import clip_norm_
 from lightning_custom.launch import launch
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import STEPS_PER_SECOND, MetricLogger
 from lightning_custom.numpy_network import acting_network
+from lightning_custom.policies import check_outputs, refuse_loss_scale
 from lightning_custom.precision import Bare, bare, unwrap
 from lightning_custom.progress import Progress
-from lightning_custom.replay_buffer import ReplayBuffer, Transitions
+from lightning_custom.replay_buffer import ReplayBuffer, Transitions, check_learning_starts
 from lightning_custom.run import config_of_run
 from lightning_custom.schedules import Linear
 from lightning_custom.target_network import TargetNetwork
@@ -120,6 +122,7 @@ class DQNConfig(RunConfig):
         for name in ("discount", "epsilon"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}: {getattr(self, name)}; give a number from 0 to 1")
+        check_learning_starts(self.learning_starts, self.steps * self.train_every * self.num_envs)
 
 
 # Source: the tuned settings of rl-baselines3-zoo, whose benchmark reports 500 and 154 +- 79, one run each.
@@ -160,6 +163,7 @@ def train(
 
     Without a network it gets the usual one of the config's width. ``val_env`` is scored instead of ``make_env``.
     """
+    refuse_loss_scale(fabric)
     config = with_run_dir(fabric, config)
     envs = EnvironmentVector(fabric, make_env, config.num_envs, seed=config.seed)
     warn_if_inexact(fabric, envs)
@@ -182,6 +186,7 @@ def train(
 
     values, target_values = bare(fabric, model), bare(fabric, state.target.module)
     act, own = acting_network(fabric, model), slice(envs.indices.start, envs.indices.stop)
+    check_outputs(act, model, envs.observation_space, num_actions, name="q_network")
     importance = Linear(config.importance_exponent, 1.0, config.importance_steps)
 
     with (
@@ -286,7 +291,8 @@ def evaluate(
 ) -> dict[str, float]:
     """The mean return of ``number`` greedy episodes, always the same ones, with half its 95% interval."""
     act = player(fabric, state.q_network, state.envs.action_space)
-    return return_scores(fabric, make_env, act, number, seed=config.seed, name=name)
+    with evaluating(state.q_network):
+        return return_scores(fabric, make_env, act, number, seed=config.seed, name=name)
 
 
 def player(fabric: Fabric, module: nn.Module, action_space: Any) -> Callable[[Any], Any]:
@@ -320,7 +326,7 @@ def main(config: DQNConfig) -> str:
 
 def enjoy(request: EnjoyConfig) -> None:
     """Write the picture that ``request`` asks for, and print the returns."""
-    config = config_of_run(DQNConfig, request.run_dir, accelerator="cpu", devices=1)
+    config = config_of_run(DQNConfig, request.run_dir, **ONE_PROCESS)
     make_env = MakeEnvironment(config.env, evaluation=True, render_mode="rgb_array")
     fabric, env = launch(config), make_env()
     module = network(config, env.observation_space, choices(env.action_space)[1])

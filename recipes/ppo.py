@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_custom.action_distributions import ActionDistribution, action_distribution
-from lightning_custom.animation import EnjoyConfig, show_episodes
+from lightning_custom.animation import ONE_PROCESS, EnjoyConfig, show_episodes
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
 from lightning_custom.compiled_update import CompiledUpdate
 from lightning_custom.config import RunConfig, require_at_least, with_run_dir
 from lightning_custom.distributed import mean_gradients_, share, sum_over_processes
+from lightning_custom.environments.arrays import single_precision
 from lightning_custom.environments.batched import BatchedEnvironments
 from lightning_custom.environments.episodes import log_episodes
 from lightning_custom.environments.evaluation import MakeEnv
@@ -36,13 +37,14 @@ from lightning_custom.environments.normalisation import ObservationNormaliser, R
 from lightning_custom.environments.scores import print_test, return_scores
 from lightning_custom.environments.vector import EnvironmentVector
 from lightning_custom.errors import ConfigError
+from lightning_custom.evaluation import evaluating
 from lightning_custom.flat_adam import FlatAdam, flattened
 from lightning_custom.gradients import clip_norm_
 from lightning_custom.launch import launch
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import STEPS_PER_SECOND, MetricLogger
 from lightning_custom.numpy_network import acting_network, to_tensors
-from lightning_custom.policies import ActorCritic, actor_critic
+from lightning_custom.policies import ActorCritic, actor_critic, check_outputs, refuse_loss_scale, require_actor
 from lightning_custom.precision import bare, unwrap
 from lightning_custom.progress import Progress
 from lightning_custom.reinforcement import explained_variance, following_values, generalised_advantages
@@ -130,6 +132,8 @@ class PPOConfig(RunConfig):
         for name in ("discount", "gae_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}: {getattr(self, name)}; give a number from 0 to 1")
+        if self.target_kl is not None and not self.target_kl > 0:
+            raise ConfigError(f"target_kl: {self.target_kl}; give a number above 0, or none to make all updates")
         if self.num_envs * self.rollout_steps % self.minibatches:
             raise ConfigError(
                 f"minibatches: {self.minibatches} do not divide {self.num_envs} x {self.rollout_steps} steps; "
@@ -201,6 +205,10 @@ def train(
     Without an agent it gets the usual networks of the config's width. ``make_vector(number)`` steps its environments
     all at once in their place. ``val_env`` is scored instead of ``make_env``, for example without a life's end.
     """
+    refuse_loss_scale(fabric)
+    size = config.num_envs * config.rollout_steps // config.minibatches
+    if size < fabric.world_size:
+        raise ConfigError(f"minibatches: of {size} steps, for {fabric.world_size} processes; choose a smaller number")
     config = with_run_dir(fabric, config)
     share(config.num_envs, fabric, "num_envs")
     envs: Any = (
@@ -211,6 +219,7 @@ def train(
     warn_if_inexact(fabric, envs)
     distribution = action_distribution(envs.action_space)
     agent = agent if agent is not None else networks(config, envs.observation_space, distribution)
+    require_actor(agent)
     optimizer = FlatAdam(agent.parameters(), config.lr, eps=config.adam_eps)
     agent, optimizer = fabric.setup(agent, optimizer)
     flat = flattened(optimizer)  # parameters and gradients as one vector each: the same update in fewer calls
@@ -231,6 +240,7 @@ def train(
     loss: Callable[..., Any] = partial(ppo_loss, config, distribution)
     update = CompiledUpdate(fabric, loss, state.agent, flat, max_norm=config.max_grad_norm) if config.compile else None
     forward, act = bare(fabric, state.agent), acting_network(fabric, cast("ActorCritic", unwrap(state.agent)).actor)
+    check_outputs(act, state.agent, envs.observation_space, distribution.size, name="agent")
     lr = Linear(config.lr, 0.0, max(config.steps, 1)) if config.anneal_lr else Constant(config.lr)
     clip = Linear(config.clip, 0.0, max(config.steps, 1)) if config.anneal_clip else Constant(config.clip)
     own, rollout = slice(envs.indices.start, envs.indices.stop), Rollout(config.rollout_steps, normaliser)
@@ -392,7 +402,7 @@ def minibatches(fabric: Fabric, config: PPOConfig, batch: dict[str, Any], order:
     shuffled = take_rows(batch, order.to(fabric.device))
     advantages, weights = (shuffled[name].view(config.minibatches, -1) for name in ("advantages", "weights"))
     number = weights.sum(1, keepdim=True)
-    weights = weights / number
+    weights = weights / number.clamp_min(1)  # all may be ignored
     if config.normalise_advantages:
         centred = advantages - (weights * advantages).sum(1, keepdim=True)
         variance = (weights * centred.square()).sum(1, keepdim=True) * number / (number - 1).clamp_min(1)
@@ -431,7 +441,8 @@ def evaluate(
 ) -> dict[str, float]:
     """The mean return of ``number`` episodes, always the same ones, with half its 95% interval."""
     act = player(fabric, config, unwrap(state.agent), state.observation_normaliser, state.envs.action_space)
-    return return_scores(fabric, make_env, act, number, seed=config.seed, name=name)
+    with evaluating(state.agent):
+        return return_scores(fabric, make_env, act, number, seed=config.seed, name=name)
 
 
 def player(
@@ -442,7 +453,7 @@ def player(
     generator = torch.Generator().manual_seed(config.seed)
 
     def play(observations: Any) -> Any:
-        parameters = act(observations if normaliser is None else normaliser(observations))
+        parameters = act(single_precision(observations) if normaliser is None else normaliser(observations))
         if config.greedy:
             return distribution.to_environment(distribution.mode(parameters))
         noise = distribution.noise((len(parameters),), generator)
@@ -486,12 +497,12 @@ def restore_player_(run_dir: str, which: Literal["best", "last"], agent: nn.Modu
 
 def enjoy(request: EnjoyConfig) -> None:
     """Write the picture that ``request`` asks for, and print the returns."""
-    config = config_of_run(PPOConfig, request.run_dir, seed=request.seed, accelerator="cpu", devices=1)
+    config = config_of_run(PPOConfig, request.run_dir, seed=request.seed, **ONE_PROCESS)
     make_env = MakeEnvironment(config.env, evaluation=True, render_mode="rgb_array")
     fabric, env = launch(config), make_env()
     agent = networks(config, env.observation_space, action_distribution(env.action_space))
     shape = env.observation_space.shape
-    normaliser = ObservationNormaliser(fabric, shape) if config.normalise_observations and shape else None
+    normaliser = ObservationNormaliser(fabric, shape) if config.normalise_observations and shape is not None else None
     restore_player_(request.run_dir, request.which, agent, normaliser)
     act = player(fabric, config, agent, normaliser, env.action_space)
     show_episodes(request, env, act)

@@ -22,27 +22,24 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from lightning_custom.action_distributions import ActionDistribution, action_distribution
-from lightning_custom.animation import EnjoyConfig, show_episodes
+from lightning_custom.animation import ONE_PROCESS, EnjoyConfig, show_episodes
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
 from lightning_custom.config import RunConfig, require_at_least, with_run_dir
 from lightning_custom.distributed import mean_gradients_, sum_over_processes
-from lightning_custom.environments.arrays import Array
+from lightning_custom.environments.arrays import Array, single_precision
 from lightning_custom.environments.episodes import log_episodes
-from lightning_custom.environments.evaluation import (
-    EpisodePlayer,
-    MakeEnv,
-    Played,
-)
+from lightning_custom.environments.evaluation import EpisodePlayer, MakeEnv, Played
 from lightning_custom.environments.makers import MakeEnvironment
 from lightning_custom.environments.scores import print_test, return_scores
 from lightning_custom.errors import ConfigError
+from lightning_custom.evaluation import evaluating
 from lightning_custom.gradients import clip_norm_
 from lightning_custom.launch import launch
 from lightning_custom.loop import due, hash_seed, seed_step
 from lightning_custom.metrics import STEPS_PER_SECOND, MetricLogger
 from lightning_custom.numpy_network import acting_network, to_tensors
-from lightning_custom.policies import ActorCritic, actor_critic
+from lightning_custom.policies import ActorCritic, actor_critic, check_outputs, refuse_loss_scale, require_actor
 from lightning_custom.precision import Bare, bare, unwrap
 from lightning_custom.progress import Progress
 from lightning_custom.reinforcement import discounted_returns
@@ -128,10 +125,14 @@ def train(
 
     Without an agent it gets the usual networks of the config's width. ``val_env`` is scored instead of ``make_env``.
     """
+    refuse_loss_scale(fabric)
+    if config.episodes < fabric.world_size:
+        raise ConfigError(f"episodes: {config.episodes}, for {fabric.world_size} processes; give each at least one")
     config = with_run_dir(fabric, config)
     player, space = EpisodePlayer(make_env), make_env(0)
     distribution = action_distribution(space.action_space)
     agent = agent if agent is not None else networks(config, space.observation_space, distribution)
+    require_actor(agent)
     # A larger epsilon than Adam's own, so that a gradient which cancels to rounding is not blown up.
     agent, optimizer = fabric.setup(agent, Adam(agent.parameters(), config.lr, eps=1e-5, fused=True))
     metrics = MetricLogger(
@@ -147,6 +148,7 @@ def train(
     )
     state = ReinforceState(cast("nn.Module", agent), cast("Optimizer", optimizer), metrics)
     forward, act = bare(fabric, state.agent), acting_network(fabric, cast("ActorCritic", unwrap(state.agent)).actor)
+    check_outputs(act, state.agent, space.observation_space, distribution.size, name="agent")
     own = np.array_split(np.arange(config.episodes), fabric.world_size)[fabric.global_rank].tolist()
 
     with (
@@ -161,10 +163,10 @@ def train(
             # Play whole episodes with the policy as it is. One depends on its seed alone, whoever plays it.
             seeds = [hash_seed(config.seed, "episode", state.step, episode) for episode in own]
             noise = partial(own_noise, config, distribution, rng.shared, own)
-            played = player.played(partial(draw, distribution, act, noise), seeds, distribution.to_environment)
+            played = player.played(partial(draw, distribution, act, noise), seeds, distribution.to_environment, own)
 
             # Advantages: the discounted return from each step on, less what the baseline expects.
-            parameters, values = forward(to_tensors(played.observations, fabric.device))
+            parameters, values = forward(to_tensors(single_precision(played.observations), fabric.device))
             returns = returns_to_go(fabric, config, forward, played).to(values)
             log_probabilities, entropies = distribution.log_probability_and_entropy(
                 parameters, torch.from_numpy(played.actions).to(fabric.device)
@@ -226,7 +228,7 @@ def draw(
     _: int,
 ) -> Array:
     """An action for each of ``episodes``, which are those that have not ended."""
-    return distribution.sample(act(observations), noise()[list(episodes)])
+    return distribution.sample(act(single_precision(observations)), noise()[list(episodes)])
 
 
 def returns_to_go(fabric: Fabric, config: ReinforceConfig, forward: Bare, played: Played) -> Tensor:
@@ -234,7 +236,7 @@ def returns_to_go(fabric: Fabric, config: ReinforceConfig, forward: Bare, played
     last = np.zeros(len(played.episodes))
     if config.baseline and played.truncated.any():
         with torch.no_grad():
-            _, values = forward(to_tensors(played.final_observations, fabric.device))
+            _, values = forward(to_tensors(single_precision(played.final_observations), fabric.device))
         last = np.where(played.truncated, values.double().cpu().numpy(), 0.0)
     returns = np.empty(len(played.rewards))
     for episode, value in enumerate(last):
@@ -255,7 +257,8 @@ def evaluate(
 ) -> dict[str, float]:
     """The mean return of ``number`` episodes, always the same ones, with half its 95% interval."""
     act = policy(fabric, config, unwrap(state.agent), action_distribution(make_env(0).action_space))
-    return return_scores(fabric, make_env, act, number, seed=config.seed, name=name)
+    with evaluating(state.agent):
+        return return_scores(fabric, make_env, act, number, seed=config.seed, name=name)
 
 
 def policy(fabric: Fabric, config: ReinforceConfig, agent: Any, distribution: ActionDistribution) -> Any:
@@ -263,7 +266,7 @@ def policy(fabric: Fabric, config: ReinforceConfig, agent: Any, distribution: Ac
     act, generator = acting_network(fabric, agent.actor), torch.Generator().manual_seed(config.seed)
 
     def play(observations: Any) -> Array:
-        parameters = act(observations)
+        parameters = act(single_precision(observations))
         if config.greedy:
             return distribution.to_environment(distribution.mode(parameters))
         noise = distribution.noise((len(parameters),), generator)
@@ -295,7 +298,7 @@ def main(config: ReinforceConfig) -> str:
 
 def enjoy(request: EnjoyConfig) -> None:
     """Write the picture that ``request`` asks for, and print the returns."""
-    config = config_of_run(ReinforceConfig, request.run_dir, accelerator="cpu", devices=1)
+    config = config_of_run(ReinforceConfig, request.run_dir, **ONE_PROCESS)
     env, fabric = MakeEnvironment(config.env, evaluation=True, render_mode="rgb_array")(), launch(config)
     distribution = action_distribution(env.action_space)
     agent = networks(config, env.observation_space, distribution)

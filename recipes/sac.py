@@ -25,7 +25,7 @@ from torch.optim import Adam, Optimizer
 
 from lightning_custom.action_values import TwinCritics, squashed_gaussian_policy
 from lightning_custom.adversarial import frozen
-from lightning_custom.animation import EnjoyConfig, show_episodes
+from lightning_custom.animation import ONE_PROCESS, EnjoyConfig, show_episodes
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
 from lightning_custom.config import RunConfig, require_at_least, with_run_dir
@@ -37,13 +37,15 @@ from lightning_custom.environments.makers import MakeEnvironment, warn_if_inexac
 from lightning_custom.environments.scores import print_test, return_scores
 from lightning_custom.environments.vector import EnvironmentVector, Episode
 from lightning_custom.errors import ConfigError
+from lightning_custom.evaluation import evaluating
 from lightning_custom.launch import launch
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import STEPS_PER_SECOND, MetricLogger
 from lightning_custom.numpy_network import acting_network
+from lightning_custom.policies import check_outputs, refuse_loss_scale
 from lightning_custom.precision import bare, unwrap
 from lightning_custom.progress import Progress
-from lightning_custom.replay_buffer import ReplayBuffer
+from lightning_custom.replay_buffer import ReplayBuffer, check_learning_starts
 from lightning_custom.run import config_of_run
 from lightning_custom.squashed_gaussian import require_bounds, squashed_action, squashed_sample, to_bounds
 from lightning_custom.target_network import TargetNetwork
@@ -105,11 +107,18 @@ class SACConfig(RunConfig):
         require_at_least(self, {"num_envs": 1, "train_every": 1, "updates": 1, "learning_starts": 0, "capacity": 1})
         require_at_least(self, {"batch_size": 1, "actor_lr": 0, "critic_lr": 0, "temperature_lr": 0, "n_step": 1})
         require_at_least(self, {"width": 1, "val_episodes": 2, "test_episodes": 2})
-        for name in ("discount", "target_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name}: {getattr(self, name)}; give a number from 0 to 1")
+        if not 0 <= self.discount <= 1:
+            raise ConfigError(f"discount: {self.discount}; give a number from 0 to 1")
+        if not 0 < self.target_share <= 1:
+            raise ConfigError(f"target_share: {self.target_share}; give a number above 0, up to 1")
         if self.temperature is not None and not self.temperature > 0:
             raise ConfigError(f"temperature: {self.temperature}; give a number above 0, or none to learn it")
+        if self.temperature is not None and self.target_entropy is not None:
+            raise ConfigError(
+                f"target_entropy: {self.target_entropy}, but the temperature is {self.temperature} and not learned; "
+                "give one of them"
+            )
+        check_learning_starts(self.learning_starts, self.steps * self.train_every * self.num_envs)
 
 
 # Source: the settings of rl-baselines3-zoo, whose benchmark reports -157 +- 89 and, on HalfCheetah-v3, 9,535 +- 100,
@@ -169,6 +178,7 @@ def train(
     squashed into [-1, 1]; critics see them in there. Without networks both get the usual ones of the config's width.
     ``val_env`` is scored instead of the environments of ``make_env(index)``.
     """
+    refuse_loss_scale(fabric)
     config = with_run_dir(fabric, config)
     envs = EnvironmentVector(fabric, make_env, config.num_envs, seed=config.seed)
     warn_if_inexact(fabric, envs)
@@ -211,6 +221,7 @@ def train(
 
     policy, values, target_values = (bare(fabric, module) for module in (actor, critics, state.target.module))
     act, own = acting_network(fabric, actor), slice(envs.indices.start, envs.indices.stop)
+    check_outputs(act, actor, envs.observation_space, 2 * dimensions, name="actor")
     target_entropy = -dimensions if config.target_entropy is None else config.target_entropy
     # mean_gradients_ divides the sum over processes by their number.
     weight = fabric.world_size / config.batch_size
@@ -310,7 +321,8 @@ def evaluate(
 ) -> dict[str, float]:
     """The mean return of ``number`` episodes without noise, always the same ones, with half its 95% interval."""
     act = player(fabric, state.actor, state.envs.action_space)
-    return return_scores(fabric, make_env, act, number, seed=config.seed, name=name)
+    with evaluating(state.actor):
+        return return_scores(fabric, make_env, act, number, seed=config.seed, name=name)
 
 
 def player(fabric: Fabric, actor: nn.Module, action_space: Any) -> Callable[[Any], Any]:
@@ -345,7 +357,7 @@ def main(config: SACConfig) -> str:
 
 def enjoy(request: EnjoyConfig) -> None:
     """Write the picture that ``request`` asks for, and print the returns."""
-    config = config_of_run(SACConfig, request.run_dir, accelerator="cpu", devices=1)
+    config = config_of_run(SACConfig, request.run_dir, **ONE_PROCESS)
     make_env = MakeEnvironment(config.env, evaluation=True, render_mode="rgb_array")
     fabric, env = launch(config), make_env()
     actor, _ = networks(config, env.observation_space, math.prod(require_bounds(env.action_space).shape))

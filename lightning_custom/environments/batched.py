@@ -1,6 +1,11 @@
 """Environments that gymnasium steps all at once, behind the interface of ``EnvironmentVector``."""
 
-from collections.abc import Callable
+import atexit
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,6 +20,7 @@ from lightning_custom.environments.vector import Episode
 from lightning_custom.environments.verified import as_bytes
 from lightning_custom.errors import ConfigError
 from lightning_custom.loop import hash_seed
+from lightning_custom.stopping import STOP_SIGNALS
 
 Vector = VectorEnv[Any, Any, Any]
 
@@ -29,7 +35,8 @@ class BatchedEnvironments:
 
     Attributes are those of :class:`~lightning_custom.environments.vector.EnvironmentVector`. All autoreset modes are
     right, with one thing to know: where the vector resets in the *next* step, as CartPole's does, that step takes no
-    action, and :attr:`ignored` is true; leave it out of the losses.
+    action, and :attr:`ignored` is true; leave it out of the losses. Processes that ``make_vector`` starts ignore stop
+    signals, so that the run can end its step and save.
 
     The environments of a process share one random generator and one state. So another number of processes plays
     other episodes, and :class:`ConfigError` refuses to resume on one.
@@ -40,12 +47,16 @@ class BatchedEnvironments:
         self.num_envs, self.seed = num_envs, seed
         self.indices = range(fabric.global_rank * count, (fabric.global_rank + 1) * count)
         self._item, self._processes = process_item(fabric), fabric.world_size
-        self._vector = make_vector(count)
+        with _stop_signals_ignored():
+            self._vector = make_vector(count)
+        # At exit multiprocessing would end its processes by a signal, which they ignore, and wait for them for ever.
+        atexit.register(_close, weakref.ref(self._vector))
         self._mode = self._autoreset_mode(count)
         self.observation_space = self._vector.single_observation_space
         self.action_space = self._vector.single_action_space
         check_spaces(self.observation_space, self.action_space)
-        self.inexact = _why_inexact(make_vector, count)
+        with _stop_signals_ignored():
+            self.inexact = _why_inexact(make_vector, count)
 
         self.observations: Observations
         self.final_observations = empty_observations(self.observation_space, count)
@@ -161,6 +172,25 @@ def _why_inexact(make_vector: Callable[[int], Vector], count: int, *, steps: int
         one.close()
         other.close()
     return None
+
+
+@contextmanager
+def _stop_signals_ignored() -> Iterator[None]:
+    """Here, and for good in every process that is started here."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def _close(vector: Any) -> None:
+    if vector() is not None:
+        vector().close()
 
 
 def _stepped(vector: Vector, action: Any) -> tuple[Any, ...]:

@@ -38,8 +38,8 @@ class MakeEnvironment:
             return gym.make(self.env, render_mode=self.render_mode, **arguments)
         except error.DependencyNotInstalled as problem:
             raise ConfigError(f"env: {self.env} needs what is not installed ({problem})") from problem
-        except error.Error as problem:
-            # The first line: gymnasium's suggestion of a name.
+        except (error.Error, ImportError) as problem:
+            # The first line: gymnasium's suggestion of a name. ImportError: of MODULE:NAME, or of a version long gone.
             reason = str(problem).strip().splitlines()[0]
             raise ConfigError(f"env: {self.env} cannot be made ({reason}); see gymnasium.envs.registry") from problem
 

@@ -32,7 +32,7 @@ class Replayed(gym.Wrapper[Any, Any, Any, Any]):
         generator = None if seed is not None else base.np_random.bit_generator.state
         self._reset = {"seed": seed, "options": options, "generator": generator}
         self._actions = []
-        _renew_world_(base)
+        renew_world_(base)
         return self.env.reset(seed=seed, options=options)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
@@ -61,9 +61,11 @@ class Replayed(gym.Wrapper[Any, Any, Any, Any]):
                 )
 
 
-def _renew_world_(base: Any) -> None:
+def renew_world_(env: Any) -> None:
+    """Take what is left of the episodes before out of ``env``, whose next call is a reset."""
     # Box2D keeps the order in which it looks for contacts, so that in the same world an episode depends on all before
     # it. LunarLander makes a new one for each episode; BipedalWalker and CarRacing do not.
+    base = env.unwrapped
     if type(base).__module__.startswith("gymnasium.envs.box2d."):
         base._destroy()
         base.world = sys.modules["Box2D"].b2World(gravity=base.world.gravity)

@@ -14,9 +14,11 @@ def return_scores(
 ) -> dict[str, float]:
     """The mean return of ``number`` episodes of ``act``, always the same ones, and half its 95% interval.
 
-    As ``NAME/episodic_return`` and ``NAME/episodic_return_interval``, on every process alike.
+    As ``NAME/episodic_return`` and ``NAME/episodic_return_interval``, on every process alike. Those of a ``test`` are
+    others than those of a validation, by which the checkpoint was chosen.
     """
-    mean, interval = mean_and_interval(episodic_returns(fabric, make_env, act, number, seed=seed))
+    purpose = "test" if name == "test" else "evaluation"
+    mean, interval = mean_and_interval(episodic_returns(fabric, make_env, act, number, seed=seed, purpose=purpose))
     return {f"{name}/episodic_return": mean, f"{name}/episodic_return_interval": interval}
 
 

@@ -1,3 +1,10 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -9,6 +16,7 @@ from lightning_custom.environments.batched import BatchedEnvironments
 from lightning_custom.environments.plain import to_stored
 from lightning_custom.environments.vector import EnvironmentVector
 from lightning_custom.errors import ConfigError
+from lightning_custom.stopping import STOP_SIGNALS
 from lightning_custom.testing import first_difference
 from tests.library.tiny_environments import Countdown, Drift, Mixed, play, process, random_actions, stored
 
@@ -175,3 +183,35 @@ def test_a_vector_that_does_not_say_when_it_resets_or_is_of_another_size_is_refu
         batched(silent, 2)
     with pytest.raises(ConfigError, match="make_vector: made 3 environments, asked for 2; make as many"):
         batched(lambda num_envs: cartpoles(3), 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_environments_in_other_processes_outlive_stop_signals_and_this_process_still_hears_them():
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
+    envs = batched(in_other_processes, 2)
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers
+    for worker in envs._vector.processes:
+        for number in STOP_SIGNALS:
+            os.kill(worker.pid, number)
+    time.sleep(0.2)
+    play(envs, random_actions(envs, 20))
+    assert all(worker.is_alive() for worker in envs._vector.processes)
+    envs.close()
+
+
+NEVER_CLOSED = """
+from tests.library.test_environment_batched import batched, in_other_processes
+
+if __name__ == "__main__":
+    envs = batched(in_other_processes, 2)
+    print("made", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_program_that_closes_nothing_ends_all_the_same():
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", NEVER_CLOSED], cwd=root, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "made\n"

@@ -7,11 +7,12 @@ import torch
 from PIL import Image
 
 from lightning_custom.animation import write_animation
+from lightning_custom.environments import evaluation
 from lightning_custom.environments.evaluation import EpisodePlayer, episodic_returns, mean_and_interval
 from lightning_custom.environments.makers import MakeEnvironment, MakeVector
 from lightning_custom.errors import ConfigError
 from lightning_custom.testing import single_process
-from tests.library.tiny_environments import Countdown, Drift
+from tests.library.tiny_environments import Countdown, Drift, process
 
 
 def zeros(observations):
@@ -41,6 +42,55 @@ def test_a_time_limit_truncates():
     assert not steps[-1].terminated.any()
 
 
+def test_an_episode_without_an_end_is_cut_with_one_warning_and_one_with_a_limit_of_its_own_is_not(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr(evaluation, "LONGEST", 5)
+    endless = EpisodePlayer(lambda index: Countdown(index, 100))
+    with pytest.warns(UserWarning, match=r"had not ended after 5 steps and was cut; give .*TimeLimit") as caught:
+        found = [endless.played(lambda seen, *_: zeros(seen), [0, 1], lambda actions: actions) for _ in range(2)]
+    assert len(caught) == 1
+    for played in found:
+        assert [episode.length for episode in played.episodes] == [5, 5]
+        assert played.truncated.tolist() == [True, True]
+    limited = EpisodePlayer(lambda index: gym.wrappers.TimeLimit(Countdown(index, 100), 7))
+    assert len(list(limited.play(lambda observations, *_: zeros(observations), [0]))) == 7
+
+
+def test_an_animation_ends_though_the_episode_does_not(monkeypatch, tmp_path):
+    monkeypatch.setattr("lightning_custom.animation.LONGEST", 6)
+    env = gym.make("CliffWalking-v1", render_mode="rgb_array")
+    pytest.importorskip("pygame")
+    assert write_animation(env, zeros, str(tmp_path / "a.gif"), 1, seed=0, most=3) == [-6.0]
+
+
+def test_an_episode_is_played_in_the_environment_of_its_number_whatever_process_plays_it(monkeypatch):
+    monkeypatch.setattr(evaluation, "gather_shares", lambda values, fabric: values)
+    monkeypatch.setattr(evaluation, "_AT_ONCE", 3)
+
+    def returns(rank, processes):
+        make_env = lambda index: Countdown(index, 1 + index)  # noqa: E731
+        return episodic_returns(process(rank, processes), make_env, zeros, 7, seed=0).tolist()
+
+    assert returns(0, 1) == [10.0, 30.0, 60.0] * 2 + [10.0]
+    assert returns(0, 2) + returns(1, 2) == returns(0, 1)
+
+
+def test_an_episode_in_a_box2d_world_does_not_depend_on_those_before(monkeypatch):
+    pytest.importorskip("Box2D")
+
+    def rewards(*seeds):
+        player = EpisodePlayer(lambda index: gym.make("BipedalWalker-v3", max_episode_steps=60))
+        for seed in seeds:
+            draw = np.random.default_rng(seed)
+            found = [step.rewards[0] for step in player.play(lambda *_: draw.uniform(-1, 1, (1, 4)), [seed])]  # noqa: B023
+        return found
+
+    assert rewards(1, 2, 5) == rewards(5)
+    monkeypatch.setattr(evaluation, "renew_world_", lambda env: None)
+    assert rewards(1, 2, 5) != rewards(5)
+
+
 def test_what_was_played_is_in_one_piece_with_the_episode_of_each_step():
     lengths = [3, 1, 2]
     player = EpisodePlayer(lambda index: Countdown(index, lengths[index], "truncated" if index else "terminated"))
@@ -60,11 +110,14 @@ def test_the_interval_is_that_of_the_normal_distribution():
     assert interval == pytest.approx(1.96 * np.std([1, 2, 3, 4], ddof=1) / 2)
 
 
+@pytest.mark.filterwarnings("ignore:.*is out of date:DeprecationWarning")
 @pytest.mark.parametrize(
     "make, message",
     [
         (lambda: MakeEnvironment("CartPol-v1")(), "env: CartPol-v1 cannot be made"),
         (lambda: MakeEnvironment("no/such-v0")(), "env: no/such-v0 cannot be made"),
+        (lambda: MakeEnvironment("nosuch:Env-v0")(), "env: nosuch:Env-v0 cannot be made"),
+        (lambda: MakeEnvironment("HalfCheetah-v3")(), "env: HalfCheetah-v3 cannot be made"),
         (lambda: MakeVector("Pendulum-v1")(2), "vectorised: Pendulum-v1 has no vector entry point"),
     ],
 )

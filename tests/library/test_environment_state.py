@@ -146,7 +146,7 @@ def test_a_vector_restored_in_mid_episode_goes_on_to_the_bit(family):
 
 def test_in_one_box2d_world_for_all_episodes_a_replay_is_wrong(monkeypatch):
     """Why the world is renewed."""
-    monkeypatch.setattr("lightning_custom.environments.replay._renew_world_", lambda base: None)
+    monkeypatch.setattr("lightning_custom.environments.replay.renew_world_", lambda env: None)
     monkeypatch.setattr("lightning_custom.environments.vector.find_method", lambda make: StateMethod("replay"))
     straight, resumed, _ = straight_and_resumed("walker")
     assert first_difference(straight, resumed) is not None

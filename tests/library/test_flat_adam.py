@@ -154,3 +154,20 @@ def test_parameters_that_have_been_updated_differently_often_are_refused():
     optimizer.state[module[0].weight]["step"] += 1
     with pytest.raises(ConfigError, match=r"parameters have had \[1.0, 2.0\] updates"):
         train(module, flattened(optimizer), range(1))
+
+
+def test_a_gradient_that_is_not_in_the_vector_is_no_silent_nothing():
+    module, other = network(), network()
+    optimizer = flat(module)
+    inputs = torch.ones(1, 3, dtype=torch.float64)
+    module.zero_grad()
+    with pytest.raises(
+        ConfigError, match=r"optimizer: a gradient was put in place .*with the optimizer's zero_grad\(\)"
+    ):
+        optimizer.step()
+    module(inputs).sum().backward()
+    with pytest.raises(ConfigError, match="optimizer: a gradient was put in place"):
+        optimizer.step()
+    train(module, optimizer, range(2))
+    train(other, flat(other), range(2))
+    assert first_difference(module.state_dict(), other.state_dict()) is None

@@ -1,5 +1,7 @@
 """A rollout is what happened, step by step, and stays so when the environments go on."""
 
+from types import SimpleNamespace
+
 import gymnasium as gym
 import numpy as np
 import torch
@@ -75,3 +77,13 @@ def test_rows_and_steps_of_dicts_are_those_of_their_parts():
     assert flat["b"]["c"].tolist() == [0, 1, 2, 3, 4, 5]
     assert take_rows(flat, torch.tensor([4, 0]))["a"].tolist() == [4, 0]
     assert gather_environments(single_process(), values)["a"] is values["a"]
+
+
+def test_real_numbers_are_kept_in_single_precision_and_anything_else_as_it_is():
+    kept = {}
+    for dtype in (np.float64, np.uint8, np.int64):
+        envs = SimpleNamespace(observations={"part": np.ones((2, 3), dtype)})
+        rollout = Rollout(1)
+        rollout.observe(envs)
+        kept[dtype] = rollout.observations["part"].dtype
+    assert kept == {np.float64: np.float32, np.uint8: np.uint8, np.int64: np.int64}

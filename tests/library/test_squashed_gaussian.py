@@ -68,3 +68,17 @@ def test_actions_are_stretched_to_the_bounds():
 def test_other_spaces_are_refused(space):
     with pytest.raises(ConfigError, match="needs a Box with finite bounds"):
         require_bounds(space)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_saturated_actions_stay_within_the_bounds(dtype):
+    draw, outside = np.random.default_rng(0), 0
+    for _ in range(300):
+        low, high = np.sort(draw.normal(size=(2, 1)), axis=0).astype(np.float32)
+        space = spaces.Box(low.astype(dtype), high.astype(dtype), dtype=dtype)
+        for action, bound in ((-1, space.low), (1, space.high)):
+            found = to_bounds(np.full((1, 1), action, np.float32), space)
+            assert space.contains(found[0])
+            assert found[0] == pytest.approx(bound, abs=1e-6)
+        outside += int((low + (high - low) > high).sum())
+    assert outside > 0, "no draw would have left the bounds"

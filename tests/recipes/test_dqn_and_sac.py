@@ -138,6 +138,14 @@ def test_actions_that_do_not_fit_are_refused(tmp_path):
         (dqn.DQNConfig, {"n_step": 0}, "n_step: 0; it must be at least 1"),
         (sac.SACConfig, {"temperature": 0.0}, "temperature: 0.0; give a number above 0"),
         (sac.SACConfig, {"target_share": -0.1}, "target_share: -0.1"),
+        (sac.SACConfig, {"target_share": 0.0}, "target_share: 0.0; give a number above 0"),
+        (
+            sac.SACConfig,
+            {"temperature": 0.2, "target_entropy": -1.0},
+            "target_entropy: -1.0, but the temperature is 0.2",
+        ),
+        (sac.SACConfig, {"steps": 100}, "learning_starts: 100, but the run has 100 environment steps"),
+        (dqn.DQNConfig, {"steps": 3}, "learning_starts: 1000, but the run has 768 environment steps .* no update"),
     ],
 )
 def test_wrong_settings_are_refused(config, fields, message):

@@ -225,6 +225,15 @@ def test_minibatches_have_normalised_advantages_and_weights_of_sum_one():
     assert seen == batch["observations"][order].tolist()
 
 
+def test_a_minibatch_of_ignored_steps_only_weighs_nothing():
+    batch = {name: torch.randn(8) for name in ("observations", "actions", "log_probabilities", "advantages")}
+    batch |= {"returns": torch.randn(8), "values": torch.randn(8), "weights": torch.tensor([0.0] * 4 + [1.0] * 4)}
+    ignored, valid = ppo.minibatches(single_process(), config(minibatches=2), batch, torch.arange(8))
+    assert ignored[-1].tolist() == [0.0] * 4
+    assert torch.isfinite(ignored[3]).all()
+    assert valid[-1].tolist() == [0.25] * 4
+
+
 def test_updates_end_once_the_policy_has_moved_past_the_target(tmp_path):
     calls = []
     loss = ppo.ppo_loss
@@ -236,7 +245,7 @@ def test_updates_end_once_the_policy_has_moved_past_the_target(tmp_path):
     numbers = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "ppo_loss", counted)
-        for name, target in (("none", None), ("far", 1e9), ("near", 0.0)):
+        for name, target in (("none", None), ("far", 1e9), ("near", 1e-30)):
             calls.clear()
             settings = config(epochs=6, steps=2, lr=1e-2, target_kl=target, run_dir=str(tmp_path / name))
             ppo.train(single_process(), settings, make_env=MakeEnvironment("CartPole-v1"))
@@ -269,6 +278,7 @@ def test_the_rows_have_the_tags_that_the_field_expects(tmp_path):
         ({"minibatches": 3}, "minibatches: 3 do not divide 4 x 16 steps"),
         ({"discount": 1.5}, "discount: 1.5; give a number from 0 to 1"),
         ({"num_envs": 0}, "num_envs: 0; it must be at least 1"),
+        ({"target_kl": 0.0}, "target_kl: 0.0; give a number above 0, or none"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(fields, message):
