@@ -278,19 +278,53 @@ def penalty_forms(config: GANConfig, rounds: int = ROUNDS) -> list[Result]:
         r1, r2 = squared_gradient_norms(discriminator(samples), samples).chunk(2)
         (r1.mean() + r2.mean()).backward()
 
-    def contender(work: Callable[[], None]) -> Contender:
-        def run() -> float:
-            discriminator.zero_grad()
-            started = time.perf_counter()
-            for _ in range(repetitions):
-                work()
-            return (time.perf_counter() - started) / repetitions
+    return interleave(
+        {
+            "two passes": gradient_contender(discriminator, each, repetitions),
+            "one pass": gradient_contender(discriminator, both, repetitions),
+        },
+        2 * rounds,
+        targets={"one pass": 1 / 1.1},
+    )
 
-        return run
+
+def r1_forms(config: GANConfig, rounds: int = ROUNDS) -> list[Result]:
+    """The loss with R1 alone and their backward pass: R1 out of the pass over all samples, and of its own half."""
+    data = noise_images(8 if config.network == "mlp" else 32, count=2 * config.batch_size)
+    _, discriminator = networks(config, data)
+    repetitions = 200 if config.network == "mlp" else 2
+
+    def out_of_all() -> None:
+        samples = data.images.clone().requires_grad_()
+        logits = discriminator(samples)
+        r1, _ = squared_gradient_norms(logits, samples).chunk(2)
+        (softplus(logits).mean() + r1.mean()).backward()
+
+    def of_its_own() -> None:
+        loss = softplus(discriminator(data.images)).mean()
+        (loss + two_pass(discriminator, data.images.chunk(2)[0]).mean()).backward()
 
     return interleave(
-        {"two passes": contender(each), "one pass": contender(both)}, 2 * rounds, targets={"one pass": 1 / 1.1}
+        {
+            "R1 out of the pass over all": gradient_contender(discriminator, out_of_all, repetitions),
+            "R1 by a pass of its own": gradient_contender(discriminator, of_its_own, repetitions),
+        },
+        2 * rounds,
+        targets={"R1 by a pass of its own": 1.0},
     )
+
+
+def gradient_contender(discriminator: nn.Module, work: Callable[[], None], repetitions: int) -> Contender:
+    """Seconds of ``work``, which adds to the gradients of ``discriminator``."""
+
+    def run() -> float:
+        discriminator.zero_grad()
+        started = time.perf_counter()
+        for _ in range(repetitions):
+            work()
+        return (time.perf_counter() - started) / repetitions
+
+    return run
 
 
 def compiled(config: GANConfig, rounds: int) -> list[Result]:
@@ -313,6 +347,9 @@ def report(rounds: int = ROUNDS) -> Iterator[str]:
     yield table("R1 and R2 alone, with their backward pass, DCGAN", penalty_forms(PENALISED, rounds))
     yield table("the same, fully connected, width 128, 8x8", penalty_forms(SMALL, rounds))
     yield table("R1 and R2 alone, DCGAN, width 16, batch 32", penalty_forms(NARROW, rounds))
+    yield table("the loss and R1 alone, with their backward pass, DCGAN", r1_forms(PENALISED, rounds))
+    yield table("the same, DCGAN, width 16, batch 32", r1_forms(NARROW, rounds))
+    yield table("the same, fully connected, width 128, 8x8", r1_forms(SMALL, rounds))
     default = GANConfig(steps=300, log_every=100)
     yield table("the default preset, r3, R1 and R2, 8x8", compiled(default, rounds))
     yield table("the same, DCGAN, width 16, batch 32", compiled(NARROW, rounds))
