@@ -61,7 +61,6 @@ def equal(one, other):
     return type(one) is type(other) and len(one) == len(other) and all(map(equal, one, other))
 
 
-@pytest.mark.parametrize("size, batch_size", [(10, 4), (12, 4), (3, 8), (1, 1)])
 class Listed:
     def __init__(self, items):
         self.items = items
@@ -83,6 +82,7 @@ def test_the_range_of_values_is_that_of_all_tensors_and_of_evenly_spread_items()
     assert value_range(iter(inputs)) is None
 
 
+@pytest.mark.parametrize("size, batch_size", [(10, 4), (12, 4), (3, 8), (1, 1)])
 def test_every_pass_holds_every_sample_once_in_an_order_of_its_own(size, batch_size):
     batches = Batches(process(), Indices(size), batch_size=batch_size, seed=0)
     count = 4 * size  # a whole number of passes for every batch size here
