@@ -749,7 +749,7 @@ def processes_of(script):
 @pytest.mark.parametrize(
     "flags, status, line",
     [
-        (("--best", "nonsense"), 2, "error: best: 'nonsense' is not a score"),
+        (("--best", "nonsense", "--best_mode", "max"), 2, "error: best: 'nonsense' is not a score"),
         (("--lr", 1e30), 1, "error: step 2: train/loss is nan (--replay_step 2 names the module); last good"),
     ],
 )
