@@ -1,5 +1,6 @@
 """Episodes as an animated picture: what ``enjoy`` writes."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -41,6 +42,8 @@ class EnjoyConfig:
 
 def show_episodes(request: EnjoyConfig, env: Environment, act: Callable[[Observations], Array]) -> None:
     """Write the picture that ``request`` asks for, and print the returns."""
+    for name in ("SDL_VIDEODRIVER", "SDL_AUDIODRIVER"):  # no window: without one SDL prints an error of its own
+        os.environ.setdefault(name, "dummy")
     returns = write_animation(env, act, request.out, request.episodes, seed=request.seed, most=request.max_frames)
     print(f"returns {', '.join(f'{value:.1f}' for value in returns)}: {request.out}")
 
