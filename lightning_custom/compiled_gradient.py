@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor
 from torch._inductor import compile as compile_graph
 from torch.autograd.function import once_differentiable
@@ -17,20 +16,14 @@ Function = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 """``function(*arguments) -> (total, values by name)``, the total a single number."""
 
 
-def refuse_loss_scale(fabric: Fabric) -> None:
-    """:class:`ConfigError` for ``16-mixed``: its loss scale multiplies a gradient that was computed without it."""
-    if getattr(fabric.strategy.precision, "scaler", None) is not None:
-        raise ConfigError("compile: 16-mixed has a loss scale, which this leaves out; use --precision bf16-mixed")
-
-
 class CompiledGradient:
     """``function`` with the same arguments and results, but faster, and with the total's gradient computed at once.
 
     ``torch.compile`` cannot compile a gradient that is differentiated again. Here the function and its gradient by
     every argument that requires one are recorded first, down to the operations that autograd calls, and the record is
     compiled. ``total.backward()`` then only hands the gradient over, multiplied by what comes from above, so that
-    accumulation works. A loss scale would come too late for float16 (:func:`refuse_loss_scale`). The values carry no
-    gradient.
+    accumulation works. A loss scale would come too late for float16
+    (:func:`~lightning_custom.precision.refuse_loss_scale`). The values carry no gradient.
 
     Arguments are tensors, or mappings of tensors by name. Shapes, and whatever the function decides in Python, are
     fixed at the first call with these shapes, which takes seconds to minutes. :class:`ConfigError` where the function

@@ -7,11 +7,11 @@ import torch.distributed as dist
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from lightning_custom.compiled_gradient import CompiledGradient, refuse_loss_scale
+from lightning_custom.compiled_gradient import CompiledGradient
 from lightning_custom.errors import ConfigError
 from lightning_custom.flat_adam import FlatAdam
 from lightning_custom.gradients import clip_norm_
-from lightning_custom.precision import bare, unwrap
+from lightning_custom.precision import bare, refuse_loss_scale, unwrap
 
 Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 """``loss(forward, *batch) -> (total, values by name)``; ``forward`` calls the module, and the total is one number."""
@@ -37,7 +37,7 @@ class CompiledUpdate:
     def __init__(
         self, fabric: Fabric, loss: Loss, module: nn.Module, optimizer: FlatAdam, *, max_norm: float = 0.0
     ) -> None:
-        refuse_loss_scale(fabric)
+        refuse_loss_scale(fabric, "which --compile leaves out of the gradient")
         named = dict(unwrap(module).named_parameters())
         own = {id(parameter) for parameter in optimizer.parameters}
         if {id(parameter) for parameter in named.values()} != own:

@@ -9,22 +9,12 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from lightning_custom.action_distributions import ActionDistribution, Gaussian
 from lightning_custom.environments.arrays import Array, Observations, empty_observations, single_precision
 from lightning_custom.errors import ConfigError
 from lightning_custom.evaluation import evaluating
-
-
-def refuse_loss_scale(fabric: Fabric) -> None:
-    """:class:`ConfigError` for ``16-mixed``, for loops that clip or step along gradients as they are."""
-    if getattr(fabric.strategy.precision, "scaler", None) is not None:
-        raise ConfigError(
-            "precision: 16-mixed has a loss scale, which this loop would clip and step along with the gradient; "
-            "use bf16-mixed"
-        )
 
 
 def require_actor(agent: nn.Module) -> None:

@@ -85,6 +85,12 @@ def bare(fabric: Fabric, module: nn.Module) -> Bare:
     return Bare(unwrap(module), fabric.strategy.precision)
 
 
+def refuse_loss_scale(fabric: Fabric, reason: str) -> None:
+    """:class:`ConfigError` for ``16-mixed``, in a loop that does with gradients what a loss scale does not survive."""
+    if getattr(fabric.strategy.precision, "scaler", None) is not None:
+        raise ConfigError(f"precision: 16-mixed has a loss scale, {reason}; use bf16-mixed")
+
+
 def unwrap(module: nn.Module) -> nn.Module:
     """The module that was given to ``fabric.setup``; a module that is not wrapped comes back as it is."""
     return module.module if isinstance(module, _FabricModule) else module

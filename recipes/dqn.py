@@ -43,8 +43,8 @@ from lightning_custom.launch import launch
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import STEPS_PER_SECOND, MetricLogger
 from lightning_custom.numpy_network import acting_network
-from lightning_custom.policies import check_outputs, refuse_loss_scale
-from lightning_custom.precision import Bare, bare, unwrap
+from lightning_custom.policies import check_outputs
+from lightning_custom.precision import Bare, bare, refuse_loss_scale, unwrap
 from lightning_custom.progress import Progress
 from lightning_custom.replay_buffer import ReplayBuffer, Transitions, check_learning_starts
 from lightning_custom.run import config_of_run
@@ -163,7 +163,7 @@ def train(
 
     Without a network it gets the usual one of the config's width. ``val_env`` is scored instead of ``make_env``.
     """
-    refuse_loss_scale(fabric)
+    refuse_loss_scale(fabric, "which this loop would clip and step along with the gradient")
     config = with_run_dir(fabric, config)
     envs = EnvironmentVector(fabric, make_env, config.num_envs, seed=config.seed)
     warn_if_inexact(fabric, envs)

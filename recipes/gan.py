@@ -38,7 +38,7 @@ from lightning_custom.adversarial import (
 from lightning_custom.augmentation import diff_augment
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
-from lightning_custom.compiled_gradient import CompiledGradient, refuse_loss_scale
+from lightning_custom.compiled_gradient import CompiledGradient
 from lightning_custom.config import RunConfig, require_at_least, require_at_most, with_run_dir
 from lightning_custom.data import Batches, sample_and_label
 from lightning_custom.datasets import Images
@@ -57,7 +57,7 @@ from lightning_custom.mode_collapse import mode_collapse
 from lightning_custom.parts import WHOLE, Part, mean_over_parts, parts, require_parts
 from lightning_custom.penalties import Judge, Verdict, needs_input_gradient, penalties
 from lightning_custom.pictures import image_grid
-from lightning_custom.precision import Bare, bare, unwrap
+from lightning_custom.precision import Bare, bare, refuse_loss_scale, unwrap
 from lightning_custom.progress import Progress
 from lightning_custom.run import complete_already, config_of_run, newest_step
 from lightning_custom.sampling import SampleConfig, require_ending, sampler, write_samples
@@ -425,7 +425,7 @@ def compiled_discriminator(
     fabric: Fabric, config: GANConfig, loss: AdversarialLoss, discriminator: nn.Module, ada: AdaptiveProbability
 ) -> CompiledGradient:
     """``(parameters, samples, *label) -> (total, losses and logits by name)``, whose gradient is known at once."""
-    refuse_loss_scale(fabric)
+    refuse_loss_scale(fabric, "which --compile leaves out of the gradient")
     discriminate, no_draw = bare(fabric, discriminator), torch.Generator()
 
     def losses_of(parameters: dict[str, Tensor], samples: Tensor, *label: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

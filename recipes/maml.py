@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
-from lightning_custom.compiled_gradient import CompiledGradient, refuse_loss_scale
+from lightning_custom.compiled_gradient import CompiledGradient
 from lightning_custom.config import RunConfig, require_at_least, with_run_dir
 from lightning_custom.data import Batches
 from lightning_custom.distributed import mean_gradients_, take_share
@@ -56,7 +56,7 @@ from lightning_custom.launch import launch
 from lightning_custom.layers import freeze_, head_of
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import MetricLogger
-from lightning_custom.precision import Bare, bare, unwrap
+from lightning_custom.precision import Bare, bare, refuse_loss_scale, unwrap
 from lightning_custom.progress import Progress
 from lightning_custom.run import config_of_run
 from lightning_custom.task_batching import TaskLoss, TaskModel, per_task
@@ -246,7 +246,7 @@ def train(
     task_model = over_tasks(fabric, config, model)
     outer_loss: Any = partial(query_loss, task_model, config, losses)
     if config.compile:
-        refuse_loss_scale(fabric)
+        refuse_loss_scale(fabric, "which --compile leaves out of the gradient")
         outer_loss = CompiledGradient(outer_loss)
     # mean_gradients_ divides the sum over processes by their number.
     weight = (1 if config.exact_reduction else fabric.world_size) / config.meta_batch_size

@@ -31,7 +31,7 @@ from torch.optim import Adam, Optimizer
 from lightning_custom import schedules
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
-from lightning_custom.compiled_gradient import CompiledGradient, refuse_loss_scale
+from lightning_custom.compiled_gradient import CompiledGradient
 from lightning_custom.config import RunConfig, require_at_least, with_run_dir
 from lightning_custom.data import Batches
 from lightning_custom.distributed import mean_gradients_, take_share
@@ -58,7 +58,7 @@ from lightning_custom.inner_optimizers import LearnedRates, Parameters, clip_eac
 from lightning_custom.launch import launch
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import MetricLogger
-from lightning_custom.precision import Bare, bare, unwrap
+from lightning_custom.precision import Bare, bare, refuse_loss_scale, unwrap
 from lightning_custom.progress import Progress
 from lightning_custom.run import config_of_run
 from lightning_custom.task_batching import TaskLoss, TaskModel, per_task
@@ -227,7 +227,7 @@ def train(
         order: partial(outer_loss, task_model, config, losses, second_order=order) for order in (False, True)
     }
     if config.compile:
-        refuse_loss_scale(fabric)
+        refuse_loss_scale(fabric, "which --compile leaves out of the gradient")
         outer_losses = {order: CompiledGradient(function) for order, function in outer_losses.items()}
 
     with (

@@ -44,8 +44,8 @@ from lightning_custom.launch import launch
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import STEPS_PER_SECOND, MetricLogger
 from lightning_custom.numpy_network import acting_network, to_tensors
-from lightning_custom.policies import ActorCritic, actor_critic, check_outputs, refuse_loss_scale, require_actor
-from lightning_custom.precision import bare, unwrap
+from lightning_custom.policies import ActorCritic, actor_critic, check_outputs, require_actor
+from lightning_custom.precision import bare, refuse_loss_scale, unwrap
 from lightning_custom.progress import Progress
 from lightning_custom.reinforcement import explained_variance, following_values, generalised_advantages
 from lightning_custom.rollout import Rollout, flatten_steps, gather_environments, take_rows
@@ -205,7 +205,7 @@ def train(
     Without an agent it gets the usual networks of the config's width. ``make_vector(number)`` steps its environments
     all at once in their place. ``val_env`` is scored instead of ``make_env``, for example without a life's end.
     """
-    refuse_loss_scale(fabric)
+    refuse_loss_scale(fabric, "which this loop would clip and step along with the gradient")
     size = config.num_envs * config.rollout_steps // config.minibatches
     if size < fabric.world_size:
         raise ConfigError(f"minibatches: of {size} steps, for {fabric.world_size} processes; choose a smaller number")

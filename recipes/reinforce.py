@@ -39,8 +39,8 @@ from lightning_custom.launch import launch
 from lightning_custom.loop import due, hash_seed, seed_step
 from lightning_custom.metrics import STEPS_PER_SECOND, MetricLogger
 from lightning_custom.numpy_network import acting_network, to_tensors
-from lightning_custom.policies import ActorCritic, actor_critic, check_outputs, refuse_loss_scale, require_actor
-from lightning_custom.precision import Bare, bare, unwrap
+from lightning_custom.policies import ActorCritic, actor_critic, check_outputs, require_actor
+from lightning_custom.precision import Bare, bare, refuse_loss_scale, unwrap
 from lightning_custom.progress import Progress
 from lightning_custom.reinforcement import discounted_returns
 from lightning_custom.run import config_of_run
@@ -125,7 +125,7 @@ def train(
 
     Without an agent it gets the usual networks of the config's width. ``val_env`` is scored instead of ``make_env``.
     """
-    refuse_loss_scale(fabric)
+    refuse_loss_scale(fabric, "which this loop would clip and step along with the gradient")
     if config.episodes < fabric.world_size:
         raise ConfigError(f"episodes: {config.episodes}, for {fabric.world_size} processes; give each at least one")
     config = with_run_dir(fabric, config)

@@ -42,8 +42,8 @@ from lightning_custom.launch import launch
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import STEPS_PER_SECOND, MetricLogger
 from lightning_custom.numpy_network import acting_network
-from lightning_custom.policies import check_outputs, refuse_loss_scale
-from lightning_custom.precision import bare, unwrap
+from lightning_custom.policies import check_outputs
+from lightning_custom.precision import bare, refuse_loss_scale, unwrap
 from lightning_custom.progress import Progress
 from lightning_custom.replay_buffer import ReplayBuffer, check_learning_starts
 from lightning_custom.run import config_of_run
@@ -178,7 +178,7 @@ def train(
     squashed into [-1, 1]; critics see them in there. Without networks both get the usual ones of the config's width.
     ``val_env`` is scored instead of the environments of ``make_env(index)``.
     """
-    refuse_loss_scale(fabric)
+    refuse_loss_scale(fabric, "which this loop would clip and step along with the gradient")
     config = with_run_dir(fabric, config)
     envs = EnvironmentVector(fabric, make_env, config.num_envs, seed=config.seed)
     warn_if_inexact(fabric, envs)

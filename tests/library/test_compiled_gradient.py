@@ -5,17 +5,8 @@ import torch
 from torch.nn.functional import mse_loss
 
 from lightning_custom import compiled_gradient
-from lightning_custom.compiled_gradient import CompiledGradient, refuse_loss_scale
+from lightning_custom.compiled_gradient import CompiledGradient
 from lightning_custom.errors import ConfigError
-from lightning_custom.testing import single_process
-
-
-def test_a_loss_scale_is_refused():
-    fabric = single_process()
-    refuse_loss_scale(fabric)
-    fabric.strategy.precision.scaler = object()
-    with pytest.raises(ConfigError, match="compile: 16-mixed has a loss scale"):
-        refuse_loss_scale(fabric)
 
 
 class Counted:

@@ -9,7 +9,9 @@ from torch.func import functional_call
 
 from lightning_custom.adversarial import squared_gradient_norms
 from lightning_custom.ema import EMA
-from lightning_custom.precision import FullDouble, bare, unwrap
+from lightning_custom.errors import ConfigError
+from lightning_custom.precision import FullDouble, bare, refuse_loss_scale, unwrap
+from lightning_custom.testing import single_process
 
 TOLERANCES = {"32-true": 1e-5, "bf16-mixed": 3e-2, "16-mixed": 3e-3, "bf16-true": 3e-2, "64-true": 1e-12}
 precisions = pytest.mark.parametrize("precision", TOLERANCES)
@@ -155,3 +157,11 @@ def test_inputs_of_other_kinds_pass_through():
     output = bare(fabric, module)({"index": torch.tensor([0, 2])}, 2.0)
     assert output["index"].dtype == torch.int64
     assert torch.equal(output["value"], 2 * module.table.weight[[0, 2]].float())
+
+
+def test_a_loss_scale_is_refused_with_the_reason():
+    fabric = single_process()
+    refuse_loss_scale(fabric, "which is lost")
+    fabric.strategy.precision.scaler = object()
+    with pytest.raises(ConfigError, match=r"^precision: 16-mixed has a loss scale, which is lost; use bf16-mixed$"):
+        refuse_loss_scale(fabric, "which is lost")
