@@ -97,9 +97,10 @@ class Checkpointer:
             )
 
     def _check_config(self) -> None:
-        stored = self._run.stored_config()
-        if stored is not None and storage.saved_steps(self._run.checkpoints):
+        stored, saved = self._run.stored_config(), storage.saved_steps(self._run.checkpoints)
+        if stored is not None and saved:
             check_unchanged(self._config, stored, steps_fixed=self._steps_fixed)
+            self._check_horizon(saved[-1])
 
     def restore(self, state: Any) -> None:
         """Fill ``state`` from the newest good checkpoint; without one, mark the beginning of a fresh run.
@@ -118,7 +119,6 @@ class Checkpointer:
             self._warn_of_another_machine(manifest)
             first_process(self._fabric, self._run.store_config)
         self._step, self._state = state.step, state
-        self._check_stop_at()
         if self._config.replay_step is not None:
             self._guard = FiniteGuard(states.modules(state))
         together(self._fabric, lambda: _resume_parts(state, None if folder is None else state.step))
@@ -126,11 +126,14 @@ class Checkpointer:
         self._keep_segments(state)
         first_process(self._fabric, lambda: self._write_status("running"))
 
-    def _check_stop_at(self) -> None:
-        stop_at = self._config.stop_at
-        if stop_at is not None and stop_at <= self._step < self._config.steps:
+    def _check_horizon(self, step: int) -> None:
+        """Before anything is written: a run that is further on must not be called stopped or shorter."""
+        steps, stop_at = self._config.steps, self._config.stop_at
+        if steps < step:
+            raise ConfigError(f"steps: {steps}, but the run is at {step} already; give at least as many")
+        if stop_at is not None and stop_at <= step < steps:
             raise ConfigError(
-                f"stop_at: {stop_at}, but the run is at {self._step} already; give a later step, or leave it out"
+                f"stop_at: {stop_at}, but the run is at {step} already; give a later step, or leave it out"
             )
 
     def _newest_good(self) -> Path | None:

@@ -768,10 +768,19 @@ def status(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "status.json").read_text())
 
 
-def test_a_step_to_stop_at_that_is_past_already_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "fields, text",
+    [
+        ({"stop_at": 3}, "stop_at: 3, but the run is at 3 already; give a later step"),
+        ({"steps": 2}, "steps: 2, but the run is at 3 already; give at least as many"),
+    ],
+)
+def test_an_end_that_is_past_already_is_refused_and_nothing_is_written(fields, text, tmp_path):
     run(single_process(), config_in(tmp_path, stop_at=3))
-    with pytest.raises(ConfigError, match="stop_at: 3, but the run is at 3 already; give a later step"):
-        run(single_process(), config_in(tmp_path, stop_at=3))
+    before = {name: (tmp_path / name).read_bytes() for name in ("status.json", "config.yaml")}
+    with pytest.raises(ConfigError, match=text):
+        run(single_process(), config_in(tmp_path, **fields))
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
     assert kept(tmp_path)[-1] == 3
 
 
