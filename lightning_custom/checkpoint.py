@@ -46,8 +46,8 @@ class Checkpointer:
 
     ``config`` needs a ``run_dir`` (see :func:`~lightning_custom.config.with_run_dir`). ``best`` names the score
     whose best checkpoint is kept beside the newest ``config.keep``; ``mode`` may be auto for scores that
-    :func:`mode_of` knows. ``steps_fixed`` says that a schedule reads
-    ``config.steps``, which a resumed run may then not change. :meth:`due` is called once a step, on all processes.
+    :func:`mode_of` knows. ``steps_fixed`` says that a schedule reads ``config.steps``, which a resumed run may then not
+    change. :meth:`due` is called once a step, on all processes.
     """
 
     def __init__(

@@ -112,13 +112,13 @@ def parse_config(
         if preset not in presets:
             raise ConfigError(f"preset: {preset!r} is unknown; there are {', '.join(presets)}")
         parser.set_defaults(dict(presets[preset]))
-    files = [Path(given["config"])] if "config" in given else []
-    if "run_dir" in given and (Path(given["run_dir"]) / CONFIG).exists():
-        files.append(Path(given["run_dir"]) / CONFIG)
-    for file in files:
-        _set_defaults_from_file(parser, file, config)
+    if "config" in given:
+        _set_defaults_from_file(parser, Path(given["config"]), config)
+    goes_on = "run_dir" in given and (Path(given["run_dir"]) / CONFIG).exists()
+    if goes_on:
+        _set_defaults_from_file(parser, Path(given["run_dir"]) / CONFIG, config)
     values = _parse(parser, words)
-    if "preset" in given and files and files[-1].name == CONFIG and "run_dir" in given:
+    if goes_on and "preset" in given:
         _warn_of_a_preset_that_is_not_heard(presets[given["preset"]], values, given, words)
     fields = {field.name for field in dataclasses.fields(config)}
     return config(**{name: value for name, value in values.items() if name in fields})

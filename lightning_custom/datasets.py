@@ -140,9 +140,10 @@ def _torchvision(kind: str, data_root: str, train: bool, remedy: str, part: str 
 
 @contextlib.contextmanager
 def _one_process(folder: Path) -> Iterator[None]:
-    """Let in one process of this machine after another; where files cannot be locked, all."""
-    name = f"lightning-custom-{zlib.crc32(str(folder.resolve()).encode()):08x}.lock"
-    with (Path(tempfile.gettempdir()) / name).open("w") as file:
+    """Let in one of the user's processes on this machine after another; where files cannot be locked, all."""
+    user = os.getuid() if hasattr(os, "getuid") else 0  # another user's file could not be opened
+    place = f"{user} {folder.resolve()}"
+    with (Path(tempfile.gettempdir()) / f"lightning-custom-{zlib.crc32(place.encode()):08x}.lock").open("w") as file:
         with contextlib.suppress(ImportError):  # Windows
             import fcntl
 

@@ -259,5 +259,11 @@ def read_rows(run_dir: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in _whole_lines(Path(run_dir) / ROWS)]
 
 
+def is_logged(run_dir: str | Path, step: int, tag: str) -> bool:
+    """Whether ``metrics.jsonl`` has a value of ``tag`` at ``step``."""
+    rows = read_rows(run_dir) if (Path(run_dir) / ROWS).exists() else []
+    return any(row["step"] == step and tag in row for row in rows)
+
+
 def _whole_lines(path: Path) -> list[str]:
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

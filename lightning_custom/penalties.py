@@ -81,7 +81,7 @@ def penalties(
     """
 
     def norms(around: Tensor) -> Tensor:
-        around = around.requires_grad_()
+        around = around.detach().requires_grad_()
         return squared_gradient_norms(judge(around, label, draw, part).logits, around)
 
     total, (real, fake) = torch.zeros((), device=samples.device), samples.detach().chunk(2)

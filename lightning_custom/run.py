@@ -16,9 +16,10 @@ import yaml
 from lightning_custom import storage
 from lightning_custom.config import C, RunConfig, read_config, recipe_name, stored_fields
 from lightning_custom.errors import ConfigError
+from lightning_custom.events import PATTERN
+from lightning_custom.metrics import ROWS
 
 CONFIG, STATUS, LOCK, CHECKPOINTS = "config.yaml", "status.json", ".lock", "checkpoints"
-EVENTS, ROWS = "events.out.tfevents.*", "metrics.jsonl"
 
 
 def config_of_run(kind: type[C], run_dir: str, **changes: Any) -> C:
@@ -86,7 +87,7 @@ class Run:
 
     def _refuse_strange_files(self) -> None:
         """:class:`ConfigError` where a fresh run would write over what another program has logged."""
-        strange = sorted(path.name for pattern in (EVENTS, ROWS) for path in self.path.glob(pattern))
+        strange = sorted(path.name for pattern in (PATTERN, ROWS) for path in self.path.glob(pattern))
         if strange:
             raise ConfigError(
                 f"run_dir: {self.path} holds {strange[0]} and no run of ours, and would lose it; choose another with "

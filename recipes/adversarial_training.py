@@ -40,7 +40,7 @@ from lightning_custom.evaluation import evaluating
 from lightning_custom.events import png_bytes
 from lightning_custom.launch import launch
 from lightning_custom.loop import due, hash_seed, seed_step
-from lightning_custom.metrics import MetricLogger
+from lightning_custom.metrics import MetricLogger, is_logged
 from lightning_custom.networks import ConvClassifier
 from lightning_custom.pictures import captioned, image_grid
 from lightning_custom.precision import Bare, bare, unwrap
@@ -381,7 +381,9 @@ def summary(
     seconds: float,
 ) -> None:
     """Attack the best checkpoint on the test set and print the result, and how to look at it."""
-    if steps == 0:
+    run_dir = Path(str(config.run_dir))
+    # A run that was stopped in its test has its steps, and not yet its scores.
+    if steps == 0 and (state.step == 0 or is_logged(run_dir, state.step, "test/accuracy")):
         if fabric.global_rank == 0:
             print(complete_already(config, state.step))
         return

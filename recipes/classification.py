@@ -40,7 +40,7 @@ from lightning_custom.functional import mixup
 from lightning_custom.gradients import sam_ascent
 from lightning_custom.launch import launch
 from lightning_custom.loop import due, seed_step
-from lightning_custom.metrics import MetricLogger
+from lightning_custom.metrics import MetricLogger, is_logged
 from lightning_custom.networks import ConvClassifier
 from lightning_custom.pictures import matrix_picture
 from lightning_custom.precision import Bare, unwrap
@@ -396,11 +396,12 @@ def summary(
     seconds: float,
 ) -> None:
     """Test the best checkpoint and print the result, where the run is, and how to look at it."""
-    if steps == 0:
+    run_dir = Path(str(config.run_dir))
+    # A run that was stopped in its test has its steps, and not yet its scores.
+    if steps == 0 and (state.step == 0 or is_logged(run_dir, state.step, "test/accuracy")):
         if fabric.global_rank == 0:
             print(complete_already(config, state.step))
         return
-    run_dir = Path(str(config.run_dir))
     load_weights_(unwrap(state.average or state.model), load_module(run_dir, "average" if state.average else "model"))
     scores, _ = evaluate(fabric, state, test_data.dataset(), cross_entropy, "test/")
     state.metrics.record(state.step, scores)

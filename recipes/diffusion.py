@@ -247,7 +247,7 @@ def train(
 def require_within(bound: float, dataset: Any) -> None:
     """:class:`ConfigError` where a map-style data set has samples beyond ``bound``, at which estimates are cut."""
     least, most = value_range(dataset) or (0, 0)
-    if bound and max(-least, most) > bound:
+    if bound and max(-least, most) > bound * (1 + 1e-5):  # scaled data may be a rounding beyond
         raise ConfigError(
             f"bound: {bound}, but samples go from {least:.3g} to {most:.3g}; scale them, or set bound to their largest "
             "absolute value"

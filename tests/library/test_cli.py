@@ -108,6 +108,8 @@ def test_a_preset_that_a_run_began_with_is_repeated_in_silence(tmp_path):
     assert parsed("--preset", "wide", "--run_dir", run_in(tmp_path / "same", **wide)).size == 5
     other = run_in(tmp_path / "other", **{**wide, "lr": 0.7})
     assert parsed("--preset", "wide", "--run_dir", other, "--lr", "0.7").lr == 0.7
+    file = str(Path(other) / "config.yaml")
+    assert parsed("--preset", "wide", "--config", file, "--run_dir", str(tmp_path / "fresh")).lr == 0.7
 
 
 def test_a_directory_without_a_run_stores_nothing(tmp_path):
