@@ -23,7 +23,7 @@ from lightning_custom.loop import seed_step
 from lightning_custom.replay import replay_folder
 from lightning_custom.replay_buffer import SMALLEST_PRIORITY, ReplayBuffer
 from lightning_custom.testing import first_difference, in_processes, single_process
-from tests.library.tiny_environments import Countdown, Drift, OutsideNoise
+from tests.library.tiny_environments import Countdown, Drift, OutsideNoise, Pays
 
 CHECKPOINTS = "checkpoints"
 
@@ -99,32 +99,11 @@ def test_every_drawn_transition_is_the_n_step_one_that_was_played(n_step, capaci
     assert ends == {"", "terminated", "truncated"}
 
 
-class Cliff(gym.Env[Any, Any]):
-    """Two states: a reward of 1 a step, for ever; an episode is cut, or ends, after two steps. Its value is known."""
-
-    def __init__(self, end):
-        self.observation_space, self.action_space = spaces.Box(0, 1, (2,), np.float32), spaces.Discrete(1)
-        self.end = end
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.count = 0
-        return self._observation(), {}
-
-    def step(self, action):
-        self.count += 1
-        ends = self.count == 2
-        return self._observation(), 1.0, ends and self.end == "terminated", ends and self.end == "truncated", {}
-
-    def _observation(self):
-        return np.eye(2, dtype=np.float32)[self.count % 2]
-
-
 @pytest.mark.parametrize("n_step", [1, 2, 3])
 @pytest.mark.parametrize("end, expected", [("truncated", [2.0, 2.0]), ("terminated", [1.5, 1.0])])
 def test_values_learned_from_the_buffer_are_those_of_the_environment(end, expected, n_step, tmp_path):
     """The fixed point of the targets, for a reward of 1 and a discount of a half: 2 for ever, 1.5 and 1 if it ends."""
-    buffer, _ = played(tmp_path, 20, lambda index: Cliff(end), num_envs=1)
+    buffer, _ = played(tmp_path, 20, lambda index: Pays(end, spaces.Discrete(1)), num_envs=1)
     values, generator = torch.zeros(2), torch.Generator().manual_seed(0)
     for _ in range(40):
         batch = buffer.sample(64, generator, n_step=n_step, discount=0.5)

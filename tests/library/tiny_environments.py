@@ -162,3 +162,35 @@ def stored(items):
     torch.save(to_plain(items, "items"), buffer)
     buffer.seek(0)
     return torch.load(buffer, weights_only=True)
+
+
+class Counted(gym.Env[Any, Any]):
+    """Its state is the number of steps since the reset."""
+
+    count = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count = 0
+        return self._observation(), {}
+
+    def get_state(self):
+        return {"count": self.count}
+
+    def set_state(self, state):
+        self.count = state["count"]
+
+
+class Pays(Counted):
+    """A reward of 1 a step, whatever is done; after two steps an episode is cut, or ends. Two observations."""
+
+    def __init__(self, end, action_space):
+        self.observation_space, self.action_space, self.end = spaces.Box(0, 1, (2,), np.float64), action_space, end
+
+    def step(self, action):
+        self.count += 1
+        ends = self.count == 2
+        return self._observation(), 1.0, ends and self.end == "terminated", ends and self.end == "truncated", {}
+
+    def _observation(self):
+        return np.eye(2)[self.count % 2]

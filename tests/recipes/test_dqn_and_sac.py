@@ -14,34 +14,7 @@ from lightning_custom.environments.makers import MakeEnvironment
 from lightning_custom.errors import ConfigError
 from lightning_custom.testing import single_process
 from recipes import dqn, sac
-
-
-class Pays(gym.Env[Any, Any]):
-    """A reward of 1 a step, whatever is done; after two steps an episode is cut, or ends. Two observations."""
-
-    def __init__(self, end, action_space):
-        self.observation_space, self.action_space = spaces.Box(0, 1, (2,), np.float64), action_space
-        self.end, self.count = end, 0
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.count = 0
-        return self._observation(), {}
-
-    def step(self, action):
-        self.count += 1
-        ends = self.count == 2
-        return self._observation(), 1.0, ends and self.end == "terminated", ends and self.end == "truncated", {}
-
-    def _observation(self):
-        return np.eye(2)[self.count % 2]
-
-    def get_state(self):
-        return {"count": self.count}
-
-    def set_state(self, state):
-        self.count = state["count"]
-
+from tests.library.tiny_environments import Pays
 
 # For a discount of a half: for ever 1 + 1/2 + 1/4 + ..., or two rewards and one.
 KNOWN = pytest.mark.parametrize("end, expected", [("truncated", [2.0, 2.0]), ("terminated", [1.5, 1.0])])

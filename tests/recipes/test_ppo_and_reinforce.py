@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -17,6 +16,7 @@ from lightning_custom.policies import ActorCritic
 from lightning_custom.precision import unwrap
 from lightning_custom.testing import single_process
 from recipes import dqn, ppo, reinforce, sac
+from tests.library.tiny_environments import Counted
 
 COMMON = {"width": 8, "steps": 3, "val_episodes": 2, "log_every": 0, "validate_every": 0, "checkpoint_every": 0}
 OFF_POLICY = {"train_every": 8, "updates": 2, "learning_starts": 4, "capacity": 64, "batch_size": 8}
@@ -29,16 +29,11 @@ CONFIGS = {
 every_recipe = pytest.mark.parametrize("recipe", CONFIGS, ids=lambda recipe: recipe.__name__.rpartition(".")[2])
 
 
-class Steps(gym.Env):
+class Steps(Counted):
     """Shows how many steps were made, as a member of ``space``; ends after ``length``."""
 
     def __init__(self, space, action_space, length=4):
-        self.observation_space, self.action_space, self.length, self.count = space, action_space, length, 0
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.count = 0
-        return self._observation(), {}
+        self.observation_space, self.action_space, self.length = space, action_space, length
 
     def step(self, action):
         self.count += 1
@@ -52,12 +47,6 @@ class Steps(gym.Env):
         if isinstance(space, spaces.Dict):
             return {key: self._member(part) for key, part in space.spaces.items()}
         return np.full(space.shape, self.count, space.dtype)
-
-    def get_state(self):
-        return {"count": self.count}
-
-    def set_state(self, state):
-        self.count = state["count"]
 
 
 def actions_of(recipe):
