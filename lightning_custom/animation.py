@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ from lightning_custom.environments.arrays import Array, Observations, each_actio
 from lightning_custom.environments.evaluation import LONGEST
 from lightning_custom.environments.layers import Environment
 from lightning_custom.errors import ConfigError
+from lightning_custom.sampling import require_ending
 
 ONE_PROCESS: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
 """Settings of a run that ``enjoy`` replaces, however it was trained."""
@@ -38,6 +40,7 @@ class EnjoyConfig:
         for name in ("episodes", "max_frames"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)}; it must be at least 1")
+        require_ending(Path(self.out), (".gif",))
 
 
 def show_episodes(request: EnjoyConfig, env: Environment, act: Callable[[Observations], Array]) -> None:

@@ -401,7 +401,7 @@ def load_module(run_dir: str | Path, name: str, *, which: Literal["best", "last"
     root = Path(run_dir) / "checkpoints"
     steps = storage.saved_steps(root)
     if not steps:
-        raise ConfigError(f"run_dir: {run_dir} holds no checkpoint; check the path")
+        raise ConfigError(f"run_dir: {run_dir} holds no checkpoint (yet); check the path, or wait for its first")
     best = read_best(Path(run_dir)) if which == "best" else None
     folder = storage.step_folder(root, best["step"] if best else steps[-1])
     storage.verify(folder)

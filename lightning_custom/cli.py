@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_setti
 
 from lightning_custom.config import RunConfig, read_config
 from lightning_custom.errors import CheckpointError, ConfigError, NonFiniteError, SolverError
-from lightning_custom.run import CONFIG, exit_status
+from lightning_custom.run import CONFIG, exit_status, fields_of_run, stopped_line
 
 Main = Callable[[Any], Any]
 WRONG_USAGE = 2
@@ -47,18 +47,20 @@ def command_line(
         verb = (verbs or {}).get(words[0]) if words else None
         if verb is not None:
             kind, action = verb
-            action(_parse_verb(kind, words[0], words[1:]))
+            action(_parse_verb(kind, words[1:]))
             return 0
         if words and not words[0].startswith("-"):
             known = ", ".join(verbs or ()) or "none"
             raise ConfigError(f"{words[0]!r} is not a verb; there are: {known}. Flags begin with --")
-        settings = parse_config(config, words, presets, description)
+        settings = parse_config(config, words, presets, _with_verbs(description, verbs or {}))
         run_dir = _run(main, settings)
         if dist.is_available() and dist.is_initialized():
             # gloo's threads abort a program that ends without this, now and then.
             dist.destroy_process_group()
-        if settings.replay_step is not None and _is_first():
+        if _is_first() and settings.replay_step is not None:
             print(f"replayed step {settings.replay_step}: {run_dir}", flush=True)
+        elif _is_first() and run_dir is not None and (line := stopped_line(run_dir)):
+            print(line, flush=True)
         return 0 if run_dir is None or _launched_from_outside() else exit_status(run_dir) if _is_first() else 0
     except (ConfigError, CheckpointError, NonFiniteError, SolverError) as error:
         if _left_by_process_0():
@@ -113,10 +115,10 @@ def parse_config(
             raise ConfigError(f"preset: {preset!r} is unknown; there are {', '.join(presets)}")
         parser.set_defaults(dict(presets[preset]))
     if "config" in given:
-        _set_defaults_from_file(parser, Path(given["config"]), config)
+        _set_defaults(parser, _fields_of_file(Path(given["config"]), config), given["config"])
     goes_on = "run_dir" in given and (Path(given["run_dir"]) / CONFIG).exists()
     if goes_on:
-        _set_defaults_from_file(parser, Path(given["run_dir"]) / CONFIG, config)
+        _set_defaults(parser, fields_of_run(config, given["run_dir"]), str(Path(given["run_dir"]) / CONFIG))
     values = _parse(parser, words)
     if goes_on and "preset" in given:
         _warn_of_a_preset_that_is_not_heard(presets[given["preset"]], values, given, words)
@@ -141,11 +143,21 @@ def _parser(
     config: type[RunConfig], presets: Mapping[str, Mapping[str, Any]], description: str | None
 ) -> ArgumentParser:
     parser = _new_parser(description)
-    parser.add_argument("--preset", type=str, help=f"settings to start from: {', '.join(presets) or 'none'}")
+    known = ", ".join(presets) or "none"
+    parser.add_argument("--preset", type=str, help=f"settings to start from: {known}; the first where none is given")
     parser.add_argument("--config", type=str, help="YAML file of settings, such as RUN_DIR/config.yaml")
     parser.add_argument("--print_config", action="store_true", help="print the settings and leave")
     parser.add_class_arguments(config)
     return parser
+
+
+def _with_verbs(description: str | None, verbs: Mapping[str, tuple[type[Any], Main]]) -> str | None:
+    lines = [f"  {verb} --help    {_first_line(kind)}" for verb, (kind, _) in verbs.items()]
+    return "\n".join([description or "", "Other first words:", *lines]) if lines else description
+
+
+def _first_line(kind: type[Any]) -> str:
+    return (kind.__doc__ or kind.__name__).splitlines()[0]
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -179,13 +191,17 @@ def _early_flags(words: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _set_defaults_from_file(parser: ArgumentParser, file: Path, config: type[RunConfig]) -> None:
+def _fields_of_file(file: Path, config: type[RunConfig]) -> dict[str, Any]:
     fields = read_config(file)
     unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(config)})
     if unknown:
         raise ConfigError(f"config: {file} has {', '.join(unknown)}, which {config.__name__} has not; take it out")
+    return fields
+
+
+def _set_defaults(parser: ArgumentParser, fields: Mapping[str, Any], file: str) -> None:
     try:
-        parsed = parser.parse_object(fields)
+        parsed = parser.parse_object(dict(fields))
     except Exception as error:
         raise ConfigError(f"config: {file}: {_one_line(error)}") from error
     parser.set_defaults({name: parsed[name] for name in fields})
@@ -207,8 +223,8 @@ def _parse(parser: ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _parse_verb(kind: type[Any], verb: str, words: Sequence[str]) -> Any:
-    parser = _new_parser((kind.__doc__ or verb).splitlines()[0])
+def _parse_verb(kind: type[Any], words: Sequence[str]) -> Any:
+    parser = _new_parser(_first_line(kind))
     parser.add_class_arguments(kind)
     return kind(**_parse(parser, words))
 
@@ -237,7 +253,7 @@ def _is_first() -> bool:
     return _rank() == 0
 
 
-def _left_by_process_0(seconds: float = 5.0) -> bool:
+def _left_by_process_0(seconds: float = 15.0) -> bool:
     """Whether this process is a child of Fabric's own launcher, and process 0 has left by an error of its own.
 
     The launcher kills process 0 as soon as a child leaves with a status. An error that all processes have is left to

@@ -152,8 +152,10 @@ def with_run_dir(fabric: Fabric, config: C) -> C:
         return _with_replay_folder(fabric, config, config.replay_step)
     if config.run_dir is not None:
         return config
+    if config.resume == "must":
+        raise ConfigError("resume: must, but no run is named; give its directory with --run_dir")
     now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
-    path = Path("runs") / recipe_name(config) / now
+    path = Path("runs") / recipe_name(type(config)) / now
     return dataclasses.replace(config, run_dir=first_process(fabric, lambda: str(_claim(path))))
 
 
@@ -185,9 +187,9 @@ def _claim(path: Path) -> Path:
             ) from error
 
 
-def recipe_name(config: RunConfig) -> str:
+def recipe_name(kind: type[RunConfig]) -> str:
     """The last word of the module that defines the config (``gan`` for ``recipes.gan``)."""
-    module = type(config).__module__
+    module = kind.__module__
     if module == "__main__":
         main = sys.modules["__main__"]
         spec = getattr(main, "__spec__", None)

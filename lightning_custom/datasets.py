@@ -129,7 +129,7 @@ def _torchvision(kind: str, data_root: str, train: bool, remedy: str, part: str 
     except ImportError as error:
         raise ConfigError(
             f"data_root: {data_root} does not hold {kind}; {remedy}, or install torchvision with "
-            "pip install 'lightning-custom[vision]'"
+            "pip install torchvision"
         ) from error
     try:
         with _one_process(Path(data_root)):  # all of a run's processes ask at once

@@ -35,8 +35,7 @@ def _network() -> Any:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
         raise ConfigError(
-            f"features: inception needs torch-fidelity ({error}); pip install 'lightning-custom[inception]', or leave "
-            "it classifier"
+            f"features: inception needs torch-fidelity ({error}); pip install torch-fidelity, or leave it classifier"
         ) from error
     try:
         with torch.random.fork_rng(devices=[]):  # it draws weights before it reads them

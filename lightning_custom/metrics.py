@@ -60,6 +60,7 @@ class MetricLogger:
     ) -> None:
         self._fabric = fabric
         self._folder = Path(run_dir) if run_dir is not None and fabric.global_rank == 0 else None
+        self._rows = None if run_dir is None else Path(run_dir) / ROWS
         self._events = None if self._folder is None else EventFile(self._folder)
         self._hyperparameters = (
             dataclasses.asdict(hyperparameters)
@@ -77,7 +78,7 @@ class MetricLogger:
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, float] = {}
         self.latest: dict[str, float] = {}
-        """The last value of every tag written by this process group, on every process."""
+        """The last value of every tag of the run, on every process; a resumed run begins with those of its rows."""
         self._step = 0
         self._clock = time.perf_counter()
         # MPS has no float64.
@@ -195,9 +196,13 @@ class MetricLogger:
     def resume_at(self, step: int | None) -> None:
         """Cut rows and events past ``step``; None begins a fresh run and writes the hyperparameters."""
         self._step, self._clock = step or 0, time.perf_counter()
+        # Each process reads the rows itself: process 0 replaces the file by one with the same rows up to this step.
+        kept = [] if self._rows is None or step is None else _rows_until(self._rows, step)
+        self.latest = {tag: math.nan if value is None else value for _, row in kept for tag, value in row.items()}
+        self.latest.pop("step", None)
         if self._events is None or self._folder is None:
             return
-        _cut_rows(self._folder / ROWS, step)
+        _write_rows(self._folder / ROWS, [line for line, _ in kept])
         self._events.cut(step)
         if step is None and self._hyperparameters:
             self._events.write(0, hyperparameter_values(self._hyperparameters, self._headline))
@@ -242,13 +247,18 @@ def _one_number(tag: str, value: Tensor) -> Tensor:
     return value.detach() if value.dim() == 0 else value.detach().reshape(())
 
 
-def _cut_rows(path: Path, step: int | None) -> None:
+def _rows_until(path: Path, step: int) -> list[tuple[str, dict[str, Any]]]:
+    """The rows up to ``step``, each with its line."""
+    rows = [(line, json.loads(line)) for line in _whole_lines(path)] if path.exists() else []
+    return [(line, row) for line, row in rows if row["step"] <= step]
+
+
+def _write_rows(path: Path, lines: Sequence[str]) -> None:
     if not path.exists():
         return
-    kept = [] if step is None else [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
     temporary = path.with_name(f".tmp-{path.name}")
     with temporary.open("w") as file:
-        file.writelines(kept)
+        file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

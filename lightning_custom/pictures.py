@@ -152,7 +152,10 @@ def _draw_legend(draw: Any, names: list[str], width: int) -> int:
     """The names beside their colours, in rows from the top; returns where the rest may begin."""
     font = _font()
     left, row = 42 * _OVERSAMPLING, 12 * _OVERSAMPLING
+    room = width - (42 + 22 + 10) * _OVERSAMPLING
     for number, name in enumerate(names):
+        while font.getlength(name) > room:  # runs differ in the end of their names
+            name = f"..{name.removeprefix('..')[1:]}"
         entry = round(22 * _OVERSAMPLING + font.getlength(name) + 14 * _OVERSAMPLING)
         if left + entry > width and left > 42 * _OVERSAMPLING:
             left, row = 42 * _OVERSAMPLING, row + 16 * _OVERSAMPLING

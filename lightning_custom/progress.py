@@ -15,6 +15,7 @@ class Progress:
     def __init__(self, fabric: Fabric, steps: int, *, unit: str = "step") -> None:
         self._steps = steps
         self._speaks = fabric.global_rank == 0
+        self._shown = 0
         self._bar: tqdm[Any] | None = None
         if self._speaks and sys.stderr.isatty():
             self._bar = tqdm(total=steps, unit=unit, mininterval=0.1, dynamic_ncols=True)
@@ -23,11 +24,14 @@ class Progress:
         return self
 
     def show(self, step: int) -> None:
-        """Move the bar to ``step``."""
-        if self._bar is not None:
-            if self._bar.initial == 0 and self._bar.n == 0 and step > 1:
-                # A resumed run: its rate counts from here.
+        """Move the bar to ``step``; the first one after more than one step says where a resumed run goes on."""
+        if self._shown == 0 and step > 1 and self._speaks:
+            tqdm.write(f"goes on from step {step - 1}")
+            if self._bar is not None:
+                # Its rate counts from here.
                 self._bar.initial = self._bar.n = step - 1
+        self._shown = step
+        if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
     def report(self, step: int, row: Mapping[str, float]) -> None:

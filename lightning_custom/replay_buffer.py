@@ -1,7 +1,7 @@
 """Transitions of several environments, kept in files beside the checkpoints, drawn evenly or by priority."""
 
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_custom.distributed import share
 from lightning_custom.environments.arrays import Array, Observations, kept_dtype
-from lightning_custom.environments.vector import check_number, environment_item
+from lightning_custom.environments.vector import Environments, check_number, environment_item
 from lightning_custom.errors import ConfigError
 from lightning_custom.segments import Facts, Segments
 from lightning_custom.storage import fsync_folder
@@ -21,17 +21,6 @@ from lightning_custom.sum_tree import SumTrees
 
 SMALLEST_PRIORITY = 1e-6
 """Added to every temporal-difference error, so that no transition is lost for good."""
-
-
-class Environments(Protocol):
-    """What a buffer reads of a vector of environments after a step."""
-
-    observations: Observations
-    final_observations: Observations
-    rewards: Array
-    terminated: Array
-    truncated: Array
-    ignored: Array
 
 
 class Transitions(NamedTuple):

@@ -4,7 +4,7 @@ Shapes: T steps, E environments of this process, N of all processes.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,23 +12,10 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from lightning_custom.distributed import gather_shares
-from lightning_custom.environments.arrays import Array, Observations, single_precision
-from lightning_custom.environments.evaluation import rows_of
-from lightning_custom.environments.vector import Episode
+from lightning_custom.environments.arrays import Array, Observations, concatenated, rows_of, single_precision
+from lightning_custom.environments.vector import Environments, Episode
 
 Normalise = Callable[[Any], Any]
-
-
-class Environments(Protocol):
-    """What is read of ``EnvironmentVector`` and ``BatchedEnvironments``."""
-
-    observations: Observations
-    final_observations: Observations
-    rewards: Array
-    terminated: Array
-    truncated: Array
-    ignored: Array
-    episodes: list[Episode]
 
 
 class Rollout:
@@ -125,7 +112,7 @@ class Rollout:
 
         ``last`` are the environments' observations after the rollout.
         """
-        return _concatenated([_merged(self.observations), self._normalise(last), *self._finals])
+        return concatenated([_merged(self.observations), self._normalise(last), *self._finals])
 
 
 def _room(observations: Observations, steps: int) -> Observations:
@@ -147,13 +134,6 @@ def _merged(observations: Observations) -> Observations:
     if isinstance(observations, dict):
         return {key: part.reshape(-1, *part.shape[2:]) for key, part in observations.items()}
     return observations.reshape(-1, *observations.shape[2:])
-
-
-def _concatenated(parts: list[Any]) -> Observations:
-    first = parts[0]
-    if isinstance(first, dict):
-        return {key: np.concatenate([part[key] for part in parts]) for key in first}
-    return np.concatenate(parts)
 
 
 def gather_environments(fabric: Fabric, values: Any) -> Any:

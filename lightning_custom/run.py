@@ -27,21 +27,40 @@ def config_of_run(kind: type[C], run_dir: str, **changes: Any) -> C:
 
     :class:`ConfigError` where ``run_dir`` holds no run, or one of another recipe.
     """
-    path = Path(run_dir) / CONFIG
-    if not path.exists():
+    if not (Path(run_dir) / CONFIG).exists():
         raise ConfigError(f"run_dir: {run_dir} holds no run; check the path")
-    fields = read_config(path)
-    if unknown := fields.keys() - {field.name for field in dataclasses.fields(kind)}:
+    return kind(**fields_of_run(kind, run_dir) | changes)
+
+
+def fields_of_run(kind: type[RunConfig], run_dir: str | Path) -> dict[str, Any]:
+    """What a run's ``config.yaml`` holds; :class:`ConfigError` where ``kind`` is not the config of its recipe."""
+    fields = read_config(Path(run_dir) / CONFIG)
+    unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(kind)})
+    if not unknown:
+        return fields
+    status = read_status(run_dir) if (Path(run_dir) / STATUS).exists() else {"recipe": None}
+    if status["recipe"] not in (None, recipe_name(kind)):
         raise ConfigError(
-            f"run_dir: {run_dir} holds a run of another recipe than {kind.__name__} is of: it has "
-            f"{', '.join(sorted(unknown))}; check the path"
+            f"run_dir: {run_dir} holds a run of {status['recipe']}, not of {recipe_name(kind)}; check the path, or go "
+            f"on with: {status['command']}"
         )
-    return kind(**fields | changes)
+    raise ConfigError(
+        f"run_dir: {run_dir} holds a run with {', '.join(unknown)}, which {kind.__name__} has not; check the path, or "
+        "go on with the version of the program that began it"
+    )
 
 
 def newest_step(run_dir: str | Path | None) -> int:
     """The step of a run's newest checkpoint, which a start would go on from; 0 where there is none."""
     return 0 if run_dir is None else max(storage.saved_steps(Path(run_dir) / CHECKPOINTS), default=0)
+
+
+def stopped_line(run_dir: str | Path) -> str | None:
+    """What a program that a signal, a time limit or ``stop_at`` ended prints last; None where the run is complete."""
+    status = read_status(run_dir)
+    if status["state"] != "stopped":
+        return None
+    return f"stopped after step {status['step']} of {status['steps']}, saved; go on with: {status['command']}"
 
 
 def complete_already(config: RunConfig, step: int) -> str:
@@ -142,7 +161,7 @@ class Run:
             "steps": self._config.steps,
             "signal": signal,
             "error": error,
-            "recipe": recipe_name(self._config),
+            "recipe": recipe_name(type(self._config)),
             "command": resume_command(self.path),
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -163,7 +182,13 @@ def resume_command(run_dir: Path) -> str:
     return shlex.join([python, *program, "--run_dir", str(run_dir)])
 
 
+def read_status(run_dir: str | Path) -> dict[str, Any]:
+    """What ``status.json`` holds."""
+    content: dict[str, Any] = json.loads((Path(run_dir) / STATUS).read_text())
+    return content
+
+
 def exit_status(run_dir: str | Path) -> int:
     """What a finished run's program should return: 0, or 128 plus the number of the signal that stopped it."""
-    status = json.loads((Path(run_dir) / STATUS).read_text())
+    status = read_status(run_dir)
     return 128 + status["signal"] if status["state"] == "stopped" and status["signal"] else 0

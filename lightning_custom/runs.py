@@ -222,7 +222,7 @@ def curves(paths: Sequence[Path], tag: str | None) -> bytes:
     steps = np.unique(np.concatenate([line[0] for line in lines]))
     # A run is not drawn beyond its own rows.
     drawn = [np.interp(steps, *line, left=np.nan, right=np.nan) for line in lines]
-    named = {f"{tag}, {name}": torch.from_numpy(y) for name, y in zip(short_names(paths), drawn, strict=True)}
+    named = {f"{name}  {tag}": torch.from_numpy(y) for name, y in zip(short_names(paths), drawn, strict=True)}
     return png_bytes(curves_picture(torch.from_numpy(steps), named))
 
 

@@ -61,6 +61,7 @@ def assert_resumes_exactly(
 ) -> None:
     """``run`` stopped after ``stop_at`` and started again equals one that never stopped: every bit, every row."""
     folder = Path(folder)
+    _require_unused(folder / "straight", folder / "resumed")
     straight = run(single_process(precision), dataclasses.replace(config, run_dir=str(folder / "straight")))
     resumed_config = dataclasses.replace(config, run_dir=str(folder / "resumed"))
     stopped = run(single_process(precision), dataclasses.replace(resumed_config, stop_at=stop_at))
@@ -68,6 +69,12 @@ def assert_resumes_exactly(
     resumed = run(single_process(precision), resumed_config)
     assert_states_equal(straight, resumed)
     assert_rows_equal(folder / "straight", folder / "resumed")
+
+
+def _require_unused(*run_dirs: Path) -> None:
+    """A run left by an earlier test would be gone on with, and prove nothing."""
+    used = [run_dir for run_dir in run_dirs if run_dir.exists()]
+    assert not used, f"folder: {used[0].parent} holds {used[0].name}, of an earlier test; give an empty one"
 
 
 def assert_states_equal(expected: Any, actual: Any) -> None:
@@ -129,6 +136,7 @@ def assert_world_size_invariant(
     run: "Loop[C]", config: C, *, folder: str | Path, processes: int = 2, tolerance: float = 1e-9
 ) -> None:
     """``processes`` processes in float64 reach the parameters of one, within ``tolerance``, and agree to the bit."""
+    _require_unused(*(Path(folder) / f"processes-{number}" for number in (1, processes)))
     one = in_processes(run_and_capture, 1, run, config, str(folder), precision="64-true")
     several = in_processes(run_and_capture, processes, run, config, str(folder), precision="64-true")
     for rank, captured in enumerate(several):

@@ -387,11 +387,10 @@ def network(config: DiffusionConfig, data: Images) -> nn.Module:
 
 def summary(config: DiffusionConfig, state: DiffusionState, rate: float, preparing: float, training: float) -> None:
     """Print what a finished run reached, where it is, and how to look at it."""
-    scores = state.metrics.latest
-    if not scores:
+    if rate == 0:
         print(complete_already(config, state.step))
         return
-    print("", *score_lines(scores, conditional=config.num_classes > 0), sep="\n")
+    print("", *score_lines(state.metrics.latest, conditional=config.num_classes > 0), sep="\n")
     print(
         f"{rate * config.batch_size:,.0f} images/s   {training:.1f} s training, "
         f"{preparing:.1f} s for data and feature extractor\n"

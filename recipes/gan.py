@@ -174,12 +174,12 @@ class GANConfig(RunConfig):
         require_at_least(self, {"gp": 0, "dragan": 0, "dragan_std": 0, "bcr": 0, "penalty_every": 1})
         require_at_least(self, {"ada_target": -1, "ada_every": 1, "ada_images": 0, "ada_start": 0, "auxiliary": 0})
         require_at_least(self, {"accumulate": 1, "decay_steps": 1, "warmup_steps": 0})
+        require_at_most(self, {"ada_start": 1})
         self._check_combinations()
         if self.loss == "wasserstein" and not (self.gp or self.dragan or self.r1 or self.r2 or self.spectral_norm):
             raise ConfigError(
                 "loss: wasserstein needs a discriminator of bounded slope; set gp to 10, or spectral_norm"
             )
-        require_at_most(self, {"ada_start": 1})
         if self.penalty_every > 1 and not (self.r1 or self.r2 or self.gp or self.dragan or self.bcr):
             raise ConfigError(
                 f"penalty_every: {self.penalty_every}, but no penalty has a weight; set r1, or leave it 1"
@@ -194,6 +194,12 @@ class GANConfig(RunConfig):
             raise ConfigError(
                 f"ada: the sign of a logit means nothing to {self.loss}; choose nonsaturating, saturating or hinge, or "
                 "keep the probability at --ada_start with --ada_images 0"
+            )
+        if self.ada_start and not self.ada:
+            raise ConfigError(f"ada_start: {self.ada_start}, but nothing is augmented; set ada, or ada_start to 0")
+        if self.decay_steps is not None and {self.g_schedule, self.d_schedule} == {"constant"}:
+            raise ConfigError(
+                f"decay_steps: {self.decay_steps}, but both schedules are constant; set g_schedule or d_schedule"
             )
         if self.auxiliary and (self.conditioning == "concatenation" or self.num_classes == 0):
             told = "is told the class already" if self.num_classes else "has no classes to tell apart"
@@ -545,11 +551,10 @@ def networks(config: GANConfig, data: Images) -> tuple[nn.Module, nn.Module]:
 
 def summary(config: GANConfig, state: GANState, rate: float, preparing: float, training: float) -> None:
     """Print what a finished run reached, where it is, and how to look at it."""
-    scores = state.metrics.latest
-    if not scores:
+    if rate == 0:
         print(complete_already(config, state.step))
         return
-    print("", *score_lines(scores, conditional=config.num_classes > 0), sep="\n")
+    print("", *score_lines(state.metrics.latest, conditional=config.num_classes > 0), sep="\n")
     print(
         f"{rate * config.batch_size:,.0f} images/s   {training:.1f} s training, "
         f"{preparing:.1f} s for data and feature extractor\n"

@@ -1,5 +1,6 @@
 """Observations and actions of several environments as arrays."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -62,6 +63,21 @@ def single_precision(observations: Observations) -> Observations:
 def kept_dtype(dtype: Any) -> Any:
     """float32 for a floating-point ``dtype``, else itself."""
     return np.float32 if np.dtype(dtype).kind == "f" else dtype
+
+
+def rows_of(observations: Observations, rows: Any) -> Observations:
+    """Those of ``observations`` that ``rows``, a mask or indices, names."""
+    if isinstance(observations, dict):
+        return {key: part[rows] for key, part in observations.items()}
+    kept: Array = observations[rows]
+    return kept
+
+
+def concatenated(parts: Sequence[Any]) -> Observations:
+    """Several batches of observations as one."""
+    if isinstance(parts[0], dict):
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    return np.concatenate(parts)
 
 
 def row(observations: Observations, i: int) -> Any:

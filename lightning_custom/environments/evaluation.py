@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +11,15 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from lightning_custom.distributed import gather_shares
-from lightning_custom.environments.arrays import Array, Observations, each_action, empty_observations, write_row
+from lightning_custom.environments.arrays import (
+    Array,
+    Observations,
+    concatenated,
+    each_action,
+    empty_observations,
+    rows_of,
+    write_row,
+)
 from lightning_custom.environments.layers import Environment
 from lightning_custom.environments.replay import renew_world_
 from lightning_custom.environments.vector import Episode, lean
@@ -142,7 +150,7 @@ class EpisodePlayer:
                 write_row(finals, step.episodes[i], rows_of(step.following, i))
         totals, lengths = np.bincount(episode_of, rewards).tolist(), np.bincount(episode_of).tolist()
         return Played(
-            _concatenated([step.observations for step in steps]),
+            concatenated([step.observations for step in steps]),
             np.concatenate(drawn),
             rewards,
             episode_of,
@@ -155,20 +163,6 @@ class EpisodePlayer:
         """Close the environments."""
         for env, _ in self._envs.values():
             env.close()
-
-
-def _concatenated(parts: list[Any]) -> Observations:
-    if isinstance(parts[0], dict):
-        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    return np.concatenate(parts)
-
-
-def rows_of(observations: Observations, rows: Any) -> Observations:
-    """Those of ``observations`` that ``rows``, a mask or indices, names."""
-    if isinstance(observations, dict):
-        return {key: part[rows] for key, part in observations.items()}
-    kept: Array = observations[rows]
-    return kept
 
 
 def episodic_returns(

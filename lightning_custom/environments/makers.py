@@ -45,7 +45,7 @@ class MakeEnvironment:
 
     def _atari(self) -> Environment:
         if importlib.util.find_spec("ale_py") is None:
-            raise ConfigError(f"env: {self.env} needs ale-py; pip install 'lightning-custom[atari]'")
+            raise ConfigError(f"env: {self.env} needs ale-py; pip install ale-py opencv-python-headless")
         import ale_py
 
         gym.register_envs(ale_py)

@@ -41,6 +41,6 @@ def print_test(
         f"{steps}{seconds:.1f} s\n"
         f"run: {config.run_dir}\n"
         f"look: tensorboard --logdir {config.run_dir}\n"
-        f"watch: python -m recipes.{recipe_name(config)} enjoy --run_dir {config.run_dir} --out agent.gif",
+        f"watch: python -m recipes.{recipe_name(type(config))} enjoy --run_dir {config.run_dir} --out agent.gif",
         flush=True,
     )

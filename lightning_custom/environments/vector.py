@@ -1,14 +1,22 @@
 """Several environments stepped in turn in one process, whose state is exact and belongs to no process."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import gymnasium as gym
 import numpy as np
 from lightning.fabric import Fabric
 
 from lightning_custom.distributed import share
-from lightning_custom.environments.arrays import Array, check_spaces, each_action, empty_observations, row, write_row
+from lightning_custom.environments.arrays import (
+    Array,
+    Observations,
+    check_spaces,
+    each_action,
+    empty_observations,
+    row,
+    write_row,
+)
 from lightning_custom.environments.layers import Environment, environment_state, restore_environment_
 from lightning_custom.environments.plain import from_stored, to_stored
 from lightning_custom.environments.verified import StateMethod, find_method, prepared
@@ -27,6 +35,18 @@ class Episode(NamedTuple):
     """Steps."""
     info: dict[str, Any]
     """What the environment said at the last step."""
+
+
+class Environments(Protocol):
+    """What is read of several environments after a step: of ``EnvironmentVector`` and ``BatchedEnvironments``."""
+
+    observations: Observations
+    final_observations: Observations
+    rewards: Array
+    terminated: Array
+    truncated: Array
+    ignored: Array
+    episodes: list[Episode]
 
 
 class EnvironmentVector:

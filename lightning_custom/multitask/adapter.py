@@ -21,7 +21,7 @@ class TorchJD:
         try:
             from torchjd import aggregation
         except ImportError as error:
-            raise ConfigError("method: torchjd is not installed; pip install 'lightning-custom[torchjd]'") from error
+            raise ConfigError("method: torchjd is not installed; pip install torchjd") from error
         kind = getattr(aggregation, name, None)
         if not (isinstance(kind, type) and issubclass(kind, aggregation.Aggregator)):
             raise ConfigError(f"method_options: name {name!r} is no aggregator of torchjd; see torchjd.aggregation")

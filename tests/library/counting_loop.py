@@ -1,13 +1,9 @@
 """A loop small enough to be started, stopped, damaged and resumed many times a second; also a program of its own."""
 
-import contextlib
-import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +19,7 @@ from lightning_custom.data import Batches
 from lightning_custom.distributed import mean_gradients_, take_share
 from lightning_custom.launch import launch
 from lightning_custom.loop import seed_step
+from tests.forked import Forked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,54 +129,11 @@ def program(words: list[str] | None = None) -> int:
     return command_line(CountingConfig, main, presets=PRESETS, verbs=verbs, arguments=words)
 
 
-class Started:
-    """The program in a process and a process group of its own, without the seconds that imports take."""
+class Started(Forked):
+    """The program in a process of its own."""
 
     def __init__(self, folder: Path, *words: str) -> None:
-        self.log = folder / "log.txt"
-        self.log.unlink(missing_ok=True)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["lightning_custom.testing", "lightning_custom.cli"])
-        self.process: ForkServerProcess = context.Process(target=_become_program, args=(str(self.log), list(words)))
-        self.process.start()
-
-    @property
-    def pid(self) -> int:
-        assert self.process.pid is not None
-        return self.process.pid
-
-    def text(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
-
-    def wait_for(self, text: str, seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
-        while text not in self.text():
-            waiting = self.process.is_alive() and time.monotonic() < deadline
-            assert waiting, f"no {text!r} in: {self.text()}"
-            time.sleep(0.01)
-
-    def status(self, seconds: float = 60) -> int:
-        """Exit status; minus the number of the signal that killed the process."""
-        self.process.join(seconds)
-        assert self.process.exitcode is not None, f"still running: {self.text()}"
-        return self.process.exitcode
-
-    def __enter__(self) -> "Started":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, 9)
-        self.process.join()
-
-
-def _become_program(log: str, words: list[str]) -> None:
-    os.setsid()
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    torch.set_num_threads(1)
-    sys.exit(program(words))
+        super().__init__(folder / "log.txt", program, list(words))
 
 
 if __name__ == "__main__":

@@ -713,5 +713,5 @@ def test_what_torchjd_cannot_do_is_said_in_a_line(options, message):
 
 def test_without_torchjd_the_adapter_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchjd", None)
-    with pytest.raises(ConfigError, match=r"pip install 'lightning-custom\[torchjd\]'"):
+    with pytest.raises(ConfigError, match=r"pip install torchjd"):
         make_method("torchjd", "abc", {"name": "Krum", "n_byzantine": 1})

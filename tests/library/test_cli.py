@@ -1,4 +1,5 @@
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -245,7 +246,47 @@ def test_warnings_are_one_line(capsys):
     assert capsys.readouterr().err == "warning: mind the gap\n"
 
 
+def test_a_run_of_another_recipe_is_named_with_what_goes_on_with_it(tmp_path, capsys):
+    """Not "take it out", which would be said of a file that is given with --config."""
+    folder = run_in(tmp_path / "run")
+    Path(folder, "config.yaml").write_text("steps: 5\ngamma: 0.5\n")
+    for recipe, expected in (
+        (None, "holds a run with gamma, which CountingConfig has not; check the path, or go on with the version"),
+        (
+            "counting_loop",
+            "holds a run with gamma, which CountingConfig has not; check the path, or go on with the ver",
+        ),
+        ("gan", "holds a run of gan, not of counting_loop; check the path, or go on with: python -m recipes.gan"),
+    ):
+        if recipe is not None:
+            Path(folder, "status.json").write_text(json.dumps({"recipe": recipe, "command": "python -m recipes.gan"}))
+        assert status("--run_dir", folder, main=lambda config: pytest.fail("it ran")) == 2
+        assert f"error: run_dir: {folder} {expected}" in capsys.readouterr().err
+
+
+def test_help_names_the_presets_and_the_verbs(capsys):
+    with pytest.raises(SystemExit):
+        status("--help")
+    out = capsys.readouterr().out
+    assert "settings to start from: small, wide; the first where none is given" in " ".join(out.split())
+    assert "count --help    Print a number." in out
+
+
 # Status
+
+
+@pytest.mark.parametrize(
+    "state, says", [("stopped", "stopped after step 3 of 6, saved; go on with: "), ("complete", "")]
+)
+def test_a_stopped_run_says_how_to_go_on(tmp_path, capsys, state, says):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    Run(CountingConfig(run_dir=str(run_dir))).write_status(state, 3)
+    assert status(main=lambda config: str(run_dir)) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(says)
+    assert out.endswith(f"--run_dir {run_dir}\n" if says else "")
+    assert out.count("\n") == len(says[:1])
 
 
 def test_a_verb_gets_its_own_flags(capsys):

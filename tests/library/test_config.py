@@ -156,8 +156,8 @@ def test_a_run_directory_that_cannot_be_made_is_named(tmp_path, monkeypatch):
 
 
 def test_the_recipe_is_the_last_word_of_the_configs_module():
-    assert recipe_name(OwnConfig()) == "test_config"
-    assert recipe_name(RunConfig()) == "config"
+    assert recipe_name(OwnConfig) == "test_config"
+    assert recipe_name(RunConfig) == "config"
 
 
 def claim(fabric, folder):

@@ -1,6 +1,7 @@
 import json
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,12 +181,27 @@ def test_open_sums_resume_to_the_bit(fabric, tmp_path):
     assert not (tmp_path / ROWS).exists()
 
 
+def test_a_resumed_run_knows_the_last_value_of_every_tag_on_every_process(fabric, tmp_path):
+    """So that what is done with the last loss at the end of a loop does not depend on where the loop began."""
+    logger = MetricLogger(fabric, tmp_path)
+    logger.record(1, {"a": 1.0, "b": 2.0})
+    logger.record(2, {"a": 3.0, "c": math.nan})
+    logger.record(9, {"d": 4.0})
+    for rank in (1, 0):
+        again = MetricLogger(SimpleNamespace(global_rank=rank, device=fabric.device, loggers=[]), tmp_path)
+        again.resume_at(5)
+        assert str(again.latest) == "{'a': 3.0, 'b': 2.0, 'c': nan}"
+    again.resume_at(None)
+    assert again.latest == {}
+
+
 def test_a_tag_that_is_not_logged_again_leaves_no_ghost(fabric, tmp_path):
     logger = MetricLogger(fabric, tmp_path)
     logger.record(2, {"early": 1.0})
     logger.record(9, {"late": 1.0})
     again = MetricLogger(fabric, tmp_path)
     again.resume_at(5)
+    assert again.latest == {"early": 1.0}
     again.record(6, {"early": 2.0})
     assert read(tmp_path).Tags()["scalars"] == ["early"]
     assert points(tmp_path, "early") == [(2, 1.0), (6, 2.0)]

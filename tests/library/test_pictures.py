@@ -156,6 +156,18 @@ def test_ticks_are_round_numbers(low, high, expected):
     assert _ticks(low, high, 6) == expected
 
 
+def test_a_name_too_long_for_the_legend_loses_its_beginning():
+    x, y = torch.arange(4.0), torch.arange(4.0)
+    end = "a name of which the end tells it from others"
+    for beginning in ("runs/" * 20, "others/" * 30):
+        picture = curves_picture(x, {beginning + end: y})
+        edge = picture[:, :LEGEND_ROWS, -8:]
+        assert torch.equal(edge, torch.ones_like(edge)), "written over the edge"
+        assert (picture[:, :LEGEND_ROWS, 250:] < 0.5).sum() > 100
+    short = curves_picture(x, {"a": y})
+    assert (short[:, :LEGEND_ROWS, 100:] == 1).all()
+
+
 def test_level_curves_and_points_alone_have_a_range():
     for level in (0.0, 7.0, 1e30):
         found = curve_places(curves_picture(X, {"level": torch.full_like(X, level)}), 0)

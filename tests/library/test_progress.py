@@ -2,6 +2,8 @@ import io
 import sys
 from types import SimpleNamespace
 
+import pytest
+
 from lightning_custom.progress import Progress
 
 
@@ -64,3 +66,14 @@ def test_a_resumed_run_counts_its_rate_from_where_it_goes_on(monkeypatch):
         assert bar.n == 902
         progress.show(902)
         assert bar.n == 902
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_resumed_run_says_where_it_goes_on_once(monkeypatch, capsys, is_terminal):
+    if is_terminal:
+        use_terminal(monkeypatch)
+    for first, expected in ((901, "goes on from step 900\n"), (1, "")):
+        with Progress(process(), 1000) as progress:
+            progress.show(first)
+            progress.show(first + 1)
+        assert capsys.readouterr().out == expected

@@ -276,7 +276,7 @@ def test_the_config_of_a_run_is_read_by_its_own_kind_alone(tmp_path):
     run(single_process(), config_in(tmp_path, lr=0.3, stop_at=1))
     found = config_of_run(CountingConfig, str(tmp_path), steps=7)
     assert (found.lr, found.steps, found.run_dir) == (0.3, 7, None)
-    with pytest.raises(ConfigError, match=r"another recipe than RunConfig is of: it has .*\blr\b.*; check the path"):
+    with pytest.raises(ConfigError, match=r"holds a run of counting_loop, not of config; check the path"):
         config_of_run(RunConfig, str(tmp_path))
     with pytest.raises(ConfigError, match=f"run_dir: {tmp_path / 'none'} holds no run; check the path"):
         config_of_run(CountingConfig, str(tmp_path / "none"))

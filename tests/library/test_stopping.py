@@ -148,8 +148,10 @@ def test_the_exit_status_is_128_plus_the_signal(tmp_path, number):
         started.wait_for("step 3")
         os.kill(started.pid, number)
         assert started.status() == 128 + number
-        last = started.text().splitlines()[-1]
-        assert last == f"step {status_of(tmp_path / 'run')['step']}", "more than the loop's own lines"
+        *_, step, last = started.text().splitlines()
+        status = status_of(tmp_path / "run")
+        assert step == f"step {status['step']}", "more than the loop's own lines"
+        assert last == f"stopped after step {status['step']} of 100000, saved; go on with: {status['command']}"
     assert_stopped(tmp_path, number)
 
 

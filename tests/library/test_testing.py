@@ -94,6 +94,16 @@ def config(**fields):
     return TinyConfig(threads=1, **fields)
 
 
+def test_a_folder_with_runs_of_an_earlier_test_is_refused(tmp_path):
+    """They would be complete already, and agree whatever the loop does."""
+    assert_resumes_exactly(run, config(), stop_at=5, folder=tmp_path)
+    with pytest.raises(AssertionError, match=f"{tmp_path} holds straight, of an earlier test; give an empty one"):
+        assert_resumes_exactly(run, config(flaw="unseeded"), stop_at=5, folder=tmp_path)
+    (tmp_path / "processes-2").mkdir()
+    with pytest.raises(AssertionError, match="holds processes-2, of an earlier test"):
+        assert_world_size_invariant(run, config(), folder=tmp_path)
+
+
 @pytest.mark.parametrize("stop_at", [1, 4, 5])
 def test_a_right_loop_resumes_exactly(tmp_path, stop_at):
     assert_resumes_exactly(run, config(), stop_at=stop_at, folder=tmp_path)

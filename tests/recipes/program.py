@@ -1,9 +1,12 @@
-"""Recipes as subprocesses, started as a user would."""
+"""Recipes as programs, started as a user would."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.forked import Forked
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,3 +28,13 @@ def finish(process):
     """(status, what it printed, what it said of errors) of a program that ends by itself."""
     out, errors = process.communicate(timeout=240)
     return process.returncode, out, errors
+
+
+def fork(recipe, *flags, log):
+    """The same without the seconds that imports take, its output in the file ``log``."""
+    return Forked(log, _run_as_main, recipe, [*map(str, flags)])
+
+
+def _run_as_main(recipe, words):
+    sys.argv = [recipe, *words]
+    runpy.run_module(f"recipes.{recipe}", run_name="__main__", alter_sys=True)  # which ends by sys.exit

@@ -140,7 +140,7 @@ def test_a_complete_run_goes_on_to_a_larger_number_of_steps(finished, program, t
     shutil.copytree(finished[0], tmp_path / "longer")
     status, printed, errors = program(*SMALL, "--steps", 15, "--run_dir", tmp_path / "longer")
     assert status == 0, errors
-    assert printed.startswith("step 15/15")
+    assert printed.startswith("goes on from step 12\nstep 15/15")
     assert [row["step"] for row in read_rows(tmp_path / "longer")] == [5, 6, 10, 12, 12, 15, 15]
 
 

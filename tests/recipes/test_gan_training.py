@@ -145,6 +145,8 @@ def test_spectral_norm_resumes_to_the_bit_only_with_its_vectors(tmp_path, monkey
     "fields, text",
     [
         ({"ada": ADA}, "ada: the sign of a logit means nothing to r3; choose nonsaturating"),
+        ({"ada_start": 0.5}, "ada_start: 0.5, but nothing is augmented; set ada, or ada_start to 0"),
+        ({"decay_steps": 9}, "decay_steps: 9, but both schedules are constant; set g_schedule or d_schedule"),
         ({"auxiliary": 1.0, "num_classes": 0}, "auxiliary: 1.0, but the discriminator has no classes"),
         ({"auxiliary": 1.0, "conditioning": "concatenation"}, "is told the class already"),
         ({"accumulate": 2, "loss": "relativistic-average"}, "needs the mean logit of the whole batch"),

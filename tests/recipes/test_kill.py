@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_custom.storage import saved_steps, step_folder
 from lightning_custom.testing import assert_rows_equal, first_difference
-from tests.recipes.program import finish, start
+from tests.recipes.program import fork
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -70,7 +70,7 @@ def progress(run_dir):
 def wait_until(process, condition):
     deadline = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None, "the run ended before it was killed"
+        assert process.process.is_alive(), f"the run ended before it was killed: {process.text()}"
         assert time.monotonic() < deadline, "the run makes no progress"
         time.sleep(0.0005)
 
@@ -95,18 +95,17 @@ def kill_repeatedly(recipe, run_dir, flags, aims):
     """Start, kill the whole process group at each aim's moment, start again; how many kills hit a save."""
     draw, inside_save = random.Random(0), 0
     for aim in aims:
-        process = start(recipe, *flags, "--run_dir", run_dir, start_new_session=True)
-        wait_for_moment(process, run_dir, draw, aim)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        with fork(recipe, *flags, "--run_dir", run_dir, log=run_dir.with_suffix(".log")) as process:
+            wait_for_moment(process, run_dir, draw, aim)
+            os.killpg(process.pid, signal.SIGKILL)
+            assert process.status() == -signal.SIGKILL
         inside_save += progress(run_dir)[1]
     return inside_save
 
 
 def complete(recipe, run_dir, flags):
-    status, _, errors = finish(start(recipe, *flags, "--run_dir", run_dir))
-    assert status == 0, errors
+    with fork(recipe, *flags, "--run_dir", run_dir, log=run_dir.with_suffix(".log")) as process:
+        assert process.status(240) == 0, process.text()
     assert json.loads((run_dir / "status.json").read_text())["state"] == "complete"
 
 

@@ -311,6 +311,8 @@ def test_what_is_not_there_is_one_line(tmp_path):
         ppo.main(config(env="CartPol-v1", run_dir=str(tmp_path)))
     with pytest.raises(ConfigError, match="holds no run; check the path"):
         ppo.enjoy(ppo.EnjoyConfig(run_dir=str(tmp_path / "none")))
+    with pytest.raises(ConfigError, match=r"out: agent.txt does not end in .gif; choose another with --out"):
+        ppo.EnjoyConfig(run_dir=str(tmp_path / "run"), out="agent.txt")
 
 
 # Two processes: what they share, and what becomes of the run where they do not
