@@ -182,7 +182,7 @@ def parse_recipe_command(module: str, words: list[str], monkeypatch: pytest.Monk
 
     def only_parse(config: type, main: Callable, *, presets: Any, verbs: Any = None, description: Any = None) -> int:
         if words and words[0] in (verbs or {}):
-            made.append(cli._parse_verb(verbs[words[0]][0], words[0], words[1:]))
+            made.append(cli._parse_verb(verbs[words[0]][0], words[1:]))
             return 0
         if "--config" in words:
             file = Path(words[words.index("--config") + 1])
