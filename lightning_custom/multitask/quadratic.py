@@ -16,6 +16,10 @@ from lightning_custom.multitask.gram import FloatArray, TaskGradients
 _DEPENDENT = 1e-11
 """Columns nearer to dependence are dependent: they differ by float64's rounding, as smaller spreads were cut before."""
 
+_DEPENDENT_AFTER_A_CUT = 1e-6
+"""The same where a spread was cut: of opposed gradients up to the root of RANK_TOLERANCE is left in the span of the
+others, and would be a direction of its own to large multiples of both."""
+
 
 def away_from_conflict(point: FloatArray, gradients: TaskGradients) -> FloatArray:
     """What to add to ``point [R]`` for the nearest one that conflicts with no task, as coefficients ``[A]``.
@@ -98,12 +102,25 @@ def _non_negative(
 
     ``guess [A]`` says where ``x`` is thought to be above zero; by default where it would rise from zero.
     """
+    was_cut = len(gradients.units) < len(gradients.norms)
+    # Of a spread near the first limit some subsets pass and some do not, which may lead nowhere.
+    for dependent in (_DEPENDENT_AFTER_A_CUT, _DEPENDENT) if was_cut else (_DEPENDENT,):
+        solution, off = _active_set(matrix, target, dependent, guess)
+        if off <= 1e-9 + 1e-14 * solution.sum():
+            return solution
+    raise gradients.failure(f"the active-set method ended {off:.1e} off the optimum")
+
+
+def _active_set(
+    matrix: FloatArray, target: FloatArray, dependent: float, guess: NDArray[np.bool_] | None
+) -> tuple[FloatArray, float]:
+    """The solution, and how far it is from the conditions of optimality."""
     # Any columns whose least-squares solution is above zero are a start; a good guess saves most of the steps.
     free = target @ matrix > 0 if guess is None else guess.copy()
-    trial = _least_squares(matrix, target, free)
+    trial = _least_squares(matrix, target, free, dependent)
     while trial is not None and (free & (trial <= 0)).any():
         free &= trial > 0
-        trial = _least_squares(matrix, target, free)
+        trial = _least_squares(matrix, target, free, dependent)
     if trial is None:
         free[:] = False
     solution: FloatArray = np.zeros(len(free)) if trial is None else trial
@@ -115,7 +132,7 @@ def _non_negative(
         if slope[entering] <= np.finfo(float).eps:
             break
         free[entering] = True
-        trial = _least_squares(matrix, target, free)
+        trial = _least_squares(matrix, target, free, dependent)
         if trial is None or trial[entering] <= 0:
             # The slope was rounding: this column depends on the others, or would leave at once.
             free[entering], barred[entering] = False, True
@@ -126,17 +143,17 @@ def _non_negative(
             solution = solution + shares.min() * (trial - solution)
             free &= shares > shares.min()
             solution[~free] = 0
-            if (trial := _least_squares(matrix, target, free)) is None:
-                raise gradients.failure("gradients that were independent are not")
+            if (trial := _least_squares(matrix, target, free, dependent)) is None:
+                return solution, np.inf
         solution, barred[:] = trial, False
     slope = (target - matrix @ solution) @ matrix
-    off = max(slope.max(), np.abs(slope[free]).max(initial=0))
-    if not off <= 1e-9 + 1e-14 * solution.sum():
-        raise gradients.failure(f"the active-set method ended {off:.1e} off the optimum")
-    return solution
+    # A column that is nearly dependent is nearly at its optimum.
+    return solution, max((slope - barred * dependent).max(), np.abs(slope[free]).max(initial=0))
 
 
-def _least_squares(matrix: FloatArray, target: FloatArray, free: NDArray[np.bool_]) -> FloatArray | None:
+def _least_squares(
+    matrix: FloatArray, target: FloatArray, free: NDArray[np.bool_], dependent: float
+) -> FloatArray | None:
     """The ``x`` of least residual that is zero where not ``free``; None where the free columns are dependent."""
     solution, columns = np.zeros(len(free)), matrix[:, free]
     rows, count = columns.shape
@@ -144,7 +161,7 @@ def _least_squares(matrix: FloatArray, target: FloatArray, free: NDArray[np.bool
         return None
     if count:
         pivots, workspace = np.zeros(count, np.int32), 4 * count + 64 * (count + 1)
-        _, values, _, rank, _ = lapack.dgelsy(columns, target, pivots, _DEPENDENT, workspace)
+        _, values, _, rank, _ = lapack.dgelsy(columns, target, pivots, dependent, workspace)
         if rank < count:
             return None
         solution[free] = values[:count]

@@ -234,6 +234,23 @@ def test_projections_are_those_of_brute_force_over_active_sets(num_tasks, condit
     torch.testing.assert_close(weights_of(UPGrad(), rows) @ rows, each, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("seed", [153, 577, 2194, 4120])
+def test_opposed_gradients_leave_the_directions_across_them_to_the_others(seed):
+    # In float32 they are opposed but for rounding, in which large multiples of both would find a direction.
+    rows = torch.randn(4, 20, generator=rng(seed))
+    rows[1] = -0.3 * rows[0]
+    rows = rows.double()
+
+    def across(point):
+        return point - (point @ rows[0]) / rows[0].square().sum() * rows[0]
+
+    others = torch.stack([across(row) for row in rows[2:]])
+    dual = brute_force_projection(across(rows.mean(0)), others)
+    torch.testing.assert_close(weights_of(DualProj(), rows) @ rows, dual, rtol=0, atol=1e-5)
+    each = torch.stack([brute_force_projection(across(row), others) for row in rows]).mean(0)
+    torch.testing.assert_close(weights_of(UPGrad(), rows) @ rows, each, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("num_tasks, condition, scaled", CASES)
 def test_dualproj_meets_the_conditions_of_a_projection(num_tasks, condition, scaled):
     for seed in range(5):
