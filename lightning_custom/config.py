@@ -70,8 +70,8 @@ _LEAST = {
 }  # fmt: skip
 
 
-def require_at_least(config: RunConfig, bounds: Mapping[str, float]) -> None:
-    """:class:`ConfigError` for the first field below its bound; None is not compared."""
+def require_at_least(config: Any, bounds: Mapping[str, float]) -> None:
+    """:class:`ConfigError` for the first field of a dataclass below its bound; None is not compared."""
     for name, least in bounds.items():
         value = getattr(config, name)
         if value is not None and value < least:

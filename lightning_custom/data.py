@@ -285,17 +285,29 @@ def evaluation_batches(
         yield move_data_to_device(batch, fabric.device)
 
 
-def value_range(dataset: Any, *, looked_at: int = 100) -> tuple[float, float] | None:
-    """The smallest and the largest number among a map-style data set's inputs; None where it cannot be indexed.
+def require_map_style(field: str, data: Any) -> None:
+    """:class:`ConfigError` for data that cannot be indexed, which is better heard before a run than after it."""
+    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        hint = ", such as its own dataset" if isinstance(data, DataLoader) else ""
+        raise ConfigError(f"{field}: a {type(data).__name__} cannot be indexed; give a map-style data set{hint}")
 
-    Of all inputs of a ``TensorDataset``, and of ``looked_at`` evenly spread ones of another.
+
+def value_range(dataset: Any, *, part: int = 0, looked_at: int = 100) -> tuple[float, float] | None:
+    """The smallest and the largest number among a map-style data set's inputs, or another ``part`` of its samples.
+
+    None where it cannot be indexed, or samples have no such part.
+
+    Of all inputs of a ``TensorDataset``, and of ``looked_at`` evenly spread ones of another; of a ``DataLoader`` those
+    of its data set.
     """
+    dataset = dataset.dataset if isinstance(dataset, DataLoader) else dataset
     if isinstance(dataset, TensorDataset):
-        inputs = [dataset.tensors[0]]
+        inputs = list(dataset.tensors[part : part + 1])
     elif hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
         places = sorted({round(i) for i in np.linspace(0, len(dataset) - 1, min(looked_at, len(dataset)))})
         items = [dataset[place] for place in places]
-        inputs = [torch.as_tensor(item[0] if isinstance(item, (tuple, list)) else item) for item in items]
+        samples = [item if isinstance(item, (tuple, list)) else (item,) for item in items]
+        inputs = [torch.as_tensor(sample[part]) for sample in samples if part < len(sample)]
     else:
         return None
     inputs = [part for part in inputs if part.numel()]

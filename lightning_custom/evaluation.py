@@ -1,11 +1,13 @@
-"""Models as they are judged: in evaluation mode, and without gradients."""
+"""Models as they are judged: in evaluation mode, without gradients, by numbers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torchmetrics import Metric, MetricCollection
 
+from lightning_custom.errors import ConfigError
 from lightning_custom.precision import unwrap
 
 
@@ -25,3 +27,17 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
     finally:
         for part, was_training in zip(parts, were_training, strict=True):
             part.training = was_training
+
+
+def computed(metric: Metric | MetricCollection) -> dict[str, float]:
+    """What the metrics have found over all processes, by their names; they begin anew.
+
+    :class:`ConfigError` for one that gives more than a number, such as a value a class.
+    """
+    found = metric.compute()
+    values = found if isinstance(found, Mapping) else {type(metric).__name__: found}
+    metric.reset()
+    for name, value in values.items():
+        if getattr(value, "numel", lambda: 1)() != 1:
+            raise ConfigError(f"metrics: {name} gives {value.numel()} numbers; give one that is averaged to a number")
+    return {name: float(value) for name, value in values.items()}

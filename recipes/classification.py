@@ -31,11 +31,11 @@ from lightning_custom.checkpoint import Checkpointer, load_module, read_best
 from lightning_custom.cli import command_line
 from lightning_custom.config import RunConfig, require_at_least, require_at_most, with_run_dir
 from lightning_custom.confusion import ConfusionMatrix
-from lightning_custom.data import Batches, evaluation_batches
+from lightning_custom.data import Batches, evaluation_batches, require_map_style
 from lightning_custom.datasets import Images, load_images, split
 from lightning_custom.distributed import mean_gradients_
 from lightning_custom.errors import ConfigError
-from lightning_custom.evaluation import evaluating
+from lightning_custom.evaluation import computed, evaluating
 from lightning_custom.functional import mixup
 from lightning_custom.gradients import sam_ascent
 from lightning_custom.launch import launch
@@ -173,6 +173,7 @@ def train(
     ``val_data`` is map-style; ``val_metrics`` get its logits and labels, beside the scores that are always there.
     """
     config, schedule = with_run_dir(fabric, config), learning_rate(config)
+    require_map_style("val_data", val_data)
     loss = loss or partial(cross_entropy, label_smoothing=config.label_smoothing)
     if config.compile:
         model.compile()
@@ -344,8 +345,7 @@ def evaluate(
             metrics.update(logits, labels)
     result = confusion.compute()
     scores = {**sums.means(), **result.scores(prefix)}
-    scores |= {f"{prefix}{name}": float(value) for name, value in metrics.compute().items()}
-    metrics.reset()
+    scores |= {f"{prefix}{name}": value for name, value in computed(metrics).items()}
     return scores, result.counts
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_custom.data import Batches, GlobalOrder, evaluation_batches, value_range
+from lightning_custom.data import Batches, GlobalOrder, evaluation_batches, require_map_style, value_range
 from lightning_custom.errors import ConfigError
 from lightning_custom.testing import single_process
 
@@ -80,6 +80,19 @@ def test_the_range_of_values_is_that_of_all_tensors_and_of_evenly_spread_items()
     assert value_range(Listed(inputs), looked_at=2) == (-3, 0)
     assert value_range(Listed([])) is None
     assert value_range(iter(inputs)) is None
+    assert value_range(DataLoader(TensorDataset(inputs), batch_size=7)) == (-3, 7)
+    labels = torch.arange(301)
+    for dataset in (TensorDataset(inputs, labels), Listed(list(zip(inputs, labels, strict=True)))):
+        assert value_range(dataset, part=1) == (0, 300)
+        assert value_range(dataset, part=2) is None
+
+
+def test_what_cannot_be_indexed_is_named():
+    require_map_style("val_data", [(1, 2)])
+    with pytest.raises(ConfigError, match=r"val_data: a DataLoader cannot be indexed; .* such as its own dataset"):
+        require_map_style("val_data", DataLoader(Indices(3)))
+    with pytest.raises(ConfigError, match=r"val_data: a NoneType cannot be indexed; give a map-style data set$"):
+        require_map_style("val_data", None)
 
 
 @pytest.mark.parametrize("size, batch_size", [(10, 4), (12, 4), (3, 8), (1, 1)])

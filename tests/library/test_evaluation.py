@@ -3,8 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torchmetrics import MeanMetric, MeanSquaredError, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_custom.evaluation import evaluating
+from lightning_custom.errors import ConfigError
+from lightning_custom.evaluation import computed, evaluating
 from lightning_custom.testing import single_process
 
 
@@ -51,3 +54,21 @@ def test_a_module_that_fabric_wrapped_is_reached():
     with evaluating(wrapped):
         assert not any(modes(module))
     assert any(modes(module))
+
+
+def test_metrics_give_their_numbers_by_name_and_begin_anew():
+    metric = MeanMetric()
+    for value in (2.0, 3.0):
+        metric.update(value)
+        assert computed(metric) == {"MeanMetric": value}
+    several = MetricCollection({"mean": MeanMetric(), "sum": MeanSquaredError()})
+    several["mean"].update(1.0)
+    several["sum"].update(torch.ones(2), torch.zeros(2))
+    assert computed(several) == {"mean": 1.0, "sum": 1.0}
+
+
+def test_a_metric_that_gives_several_numbers_is_named():
+    metric = MulticlassAccuracy(3, average=None)
+    metric.update(torch.tensor([0, 1]), torch.tensor([0, 1]))
+    with pytest.raises(ConfigError, match="metrics: MulticlassAccuracy gives 3 numbers; give one that is averaged"):
+        computed(metric)
