@@ -10,6 +10,7 @@ et al. 2019), whose updates share one backward pass with the attack, is another 
     python -m recipes.adversarial_training --loss trades --beta 6
     python -m recipes.adversarial_training --preset fashion-mnist --data_root DIR
     python -m recipes.adversarial_training attack --run_dir RUN_DIR --out attack.png
+    python -m recipes.adversarial_training evaluate --run_dir RUN_DIR --attack_steps 100 --restarts 20
 """
 
 import sys
@@ -32,7 +33,7 @@ from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
 from lightning_custom.config import RunConfig, require_at_least, with_run_dir
 from lightning_custom.confusion import ConfusionMatrix
-from lightning_custom.data import Batches, evaluation_batches, value_range
+from lightning_custom.data import Batches, evaluation_batches, require_map_style, value_range
 from lightning_custom.datasets import Images, load_images, split
 from lightning_custom.distributed import mean_gradients_, take_share
 from lightning_custom.errors import ConfigError
@@ -154,6 +155,8 @@ def train(
     """
     config, schedule = with_run_dir(fabric, config), schedules.named(config.schedule, config.lr, config.steps)
     require_unit_box(dataset, val_data)
+    if val_data is not None:
+        require_map_style("val_data", val_data)
     make_optimizer = optimizer or (lambda parameters: AdamW(parameters, config.lr, weight_decay=config.weight_decay))
     model = fabric.setup_module(model)
     classify = bare(fabric, model)
@@ -389,18 +392,11 @@ def summary(
         return
     unwrap(state.model).load_state_dict(load_module(str(config.run_dir), "model"))
     started = time.perf_counter()
-    scores, _ = evaluate(
-        fabric, config, state.model, test_data.dataset(), test_data.num_classes, "test/",
-        steps=config.test_attack_steps, restarts=config.test_restarts, queries=config.test_queries,
-    )  # fmt: skip
+    scores = scores_on_test(fabric, config, state.model, test_data)
     state.metrics.record(state.step, scores)
     if fabric.global_rank == 0:
-        pgd_name = f"PGD-{config.test_attack_steps} from {config.test_restarts} starts"
-        searched = scores.get("test/search_accuracy")
-        search = "" if searched is None else f"   under {config.test_queries} queries {searched:.2%}"
         print(
-            f"\ntest accuracy {scores['test/accuracy']:.2%}   "
-            f"under {pgd_name}, {config.norm} eps {config.eps:g}: {scores['test/robust_accuracy']:.2%}{search}\n"
+            f"\n{result_line(config, scores)}\n"
             f"{steps * config.batch_size / seconds:,.0f} images/s   {seconds:.1f} s training, "
             f"{time.perf_counter() - started:.1f} s test\n"
             f"run: {config.run_dir}\n"
@@ -408,6 +404,28 @@ def summary(
             f"attack: python -m recipes.adversarial_training attack --run_dir {config.run_dir} --out attack.png",
             flush=True,
         )
+
+
+def scores_on_test(
+    fabric: Fabric, config: AdversarialTrainingConfig, model: nn.Module, data: Images
+) -> dict[str, float]:
+    """Scores clean, and under the attacks that the config has for the test set."""
+    scores, _ = evaluate(
+        fabric, config, model, data.dataset(), data.num_classes, "test/",
+        steps=config.test_attack_steps, restarts=config.test_restarts, queries=config.test_queries,
+    )  # fmt: skip
+    return scores
+
+
+def result_line(config: AdversarialTrainingConfig, scores: dict[str, float]) -> str:
+    """What :func:`scores_on_test` found, in one line."""
+    pgd_name = f"PGD-{config.test_attack_steps} from {config.test_restarts} starts"
+    searched = scores.get("test/search_accuracy")
+    search = "" if searched is None else f"   under {config.test_queries} queries {searched:.2%}"
+    return (
+        f"test accuracy {scores['test/accuracy']:.2%}   "
+        f"under {pgd_name}, {config.norm} eps {config.eps:g}: {scores['test/robust_accuracy']:.2%}{search}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,13 +447,12 @@ class AttackConfig:
     seed: int = 0
     """Seed of the start."""
 
+    def __post_init__(self) -> None:
+        require_at_least(self, {"count": 1, "eps": 0, "attack_steps": 1})
+
 
 def attack(request: AttackConfig) -> None:
     """Write the picture that ``request`` asks for."""
-    if request.count < 1 or request.attack_steps < 1:
-        raise ConfigError(f"count: {request.count}, attack_steps: {request.attack_steps}; both must be at least 1")
-    if request.eps is not None and request.eps < 0:
-        raise ConfigError(f"eps: {request.eps}; it must be at least 0")
     require_ending(Path(request.out), (".png",))
     config = config_of_run(AdversarialTrainingConfig, request.run_dir)
     _, _, data = load_data(config)
@@ -461,13 +478,55 @@ def attack(request: AttackConfig) -> None:
     print(f"{len(labels)} samples, {right} right before and {kept} after the attack: {request.out}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Score a run's best or last checkpoint on the test set, clean and under an attack of any strength."""
+
+    run_dir: str
+    """Directory of the run."""
+    which: Literal["best", "last"] = "best"
+    """Checkpoint to take."""
+    norm: Norm | None = None
+    """Norm of the perturbation; none: the run's, like the next four."""
+    eps: float | None = None
+    """Its largest norm."""
+    attack_steps: int | None = None
+    """Gradient steps of the attack."""
+    restarts: int | None = None
+    """Random starts of the attack."""
+    queries: int | None = None
+    """Queries of the search without gradients; 0: no search."""
+    seed: int | None = None
+    """Seed of the starts and the search; none: that of the run's own test."""
+    accelerator: str = "auto"
+    """cpu, cuda, mps, or auto."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, {"eps": 0, "attack_steps": 1, "restarts": 1, "queries": 0, "seed": 0})
+
+
+def score(request: EvaluateConfig) -> None:
+    """Print the scores that ``request`` asks for."""
+    asked = {
+        "norm": request.norm, "eps": request.eps, "test_attack_steps": request.attack_steps,
+        "test_restarts": request.restarts, "test_queries": request.queries, "seed": request.seed,
+    }  # fmt: skip
+    changes = {name: value for name, value in asked.items() if value is not None}
+    here: dict[str, Any] = {"accelerator": request.accelerator, "devices": 1, "num_nodes": 1, "strategy": "auto"}
+    config = config_of_run(AdversarialTrainingConfig, request.run_dir, **changes, **here)
+    fabric, (_, _, data) = launch(config), load_data(config)
+    model = network(config, data)
+    model.load_state_dict(load_module(request.run_dir, "model", which=request.which))
+    print(result_line(config, scores_on_test(fabric, config, fabric.setup_module(model), data)))
+
+
 if __name__ == "__main__":
     sys.exit(
         command_line(
             AdversarialTrainingConfig,
             main,
             presets=PRESETS,
-            verbs={"attack": (AttackConfig, attack)},
+            verbs={"attack": (AttackConfig, attack), "evaluate": (EvaluateConfig, score)},
             description=__doc__,
         )
     )

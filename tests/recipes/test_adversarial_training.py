@@ -1,6 +1,7 @@
 """The outer losses against their papers' formulas, the order of the two loops, and the command line's verb."""
 
 import dataclasses
+import re
 from unittest.mock import patch
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_custom.attacks import Ball
+from lightning_custom.cli import command_line
 from lightning_custom.errors import ConfigError
 from lightning_custom.metrics import read_rows
 from lightning_custom.precision import bare
@@ -163,3 +165,69 @@ def test_the_verb_draws_the_best_checkpoints_samples_under_attack(tmp_path, caps
     assert abs(tenfold - 0.5).max() > 0.4  # 0.1 tenfold is 1, cut at 0.5 around grey
     with pytest.raises(ConfigError, match="holds no run"):
         recipe.attack(recipe.AttackConfig(run_dir=str(tmp_path / "none")))
+
+
+VERBS = {"attack": (recipe.AttackConfig, recipe.attack), "evaluate": (recipe.EvaluateConfig, recipe.score)}
+
+
+def program(*words):
+    """The exit status of the command line."""
+    return command_line(
+        recipe.AdversarialTrainingConfig, recipe.main, presets=recipe.PRESETS, verbs=VERBS, arguments=[*map(str, words)]
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The directory of a run of 60 steps of standard training."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    config = dataclasses.replace(
+        CONFIG, steps=60, lr=0.01, batch_size=32, attack_steps=0, eps=0.05, validate_every=0, checkpoint_every=0,
+        log_every=60, run_dir=str(run_dir),
+    )  # fmt: skip
+    recipe.main(config)
+    return run_dir
+
+
+def shares(line):
+    """The percentages in a line."""
+    return [float(word) for word in re.findall(r"([\d.]+)%", line)]
+
+
+def test_evaluate_repeats_the_runs_own_test_and_takes_any_attack(finished, capsys):
+    own = next(row for row in read_rows(finished) if "test/accuracy" in row)
+    lines = {}
+    for name, words in {
+        "own": (),
+        "none": ("--eps", 0, "--queries", 0),
+        "strong": ("--eps", 0.3, "--attack_steps", 5, "--restarts", 3, "--seed", 4, "--queries", 0),
+        "l2": ("--norm", "l2", "--eps", 0.05, "--queries", 0),
+    }.items():
+        assert program("evaluate", "--run_dir", finished, "--accelerator", "cpu", *words) == 0
+        lines[name] = capsys.readouterr().out
+    assert "under PGD-2 from 1 starts, linf eps 0.05: " in lines["own"]
+    tags = ("test/accuracy", "test/robust_accuracy", "test/search_accuracy")
+    assert shares(lines["own"]) == pytest.approx([100 * own[tag] for tag in tags], abs=0.006)
+    clean, robust, _ = shares(lines["own"])
+    assert clean > 50
+    assert shares(lines["none"]) == [clean, clean]
+    assert "under PGD-5 from 3 starts, linf eps 0.3: " in lines["strong"]
+    assert shares(lines["strong"])[1] < robust < shares(lines["l2"])[1] <= clean
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (("evaluate", "--restarts", 0), "restarts: 0; it must be at least 1"),
+        (("evaluate", "--attack_steps", 0), "attack_steps: 0; it must be at least 1"),
+        (("evaluate", "--norm", "l1"), "norm"),
+        (("attack", "--count", 0), "count: 0; it must be at least 1"),
+        (("attack", "--eps", -1), "eps: -1.0; it must be at least 0"),
+        (("evaluate", "--run_dir", "nowhere"), "run_dir: nowhere holds no run"),
+    ],
+)
+def test_a_verb_refuses_in_one_line(words, named, finished, capsys):
+    assert program(words[0], "--run_dir", finished, *words[1:]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert named in line
