@@ -33,6 +33,18 @@ def load_image_data(name: ImageData, data_root: str | None, size: int = 0) -> Im
     return at_size(load_images(name, data_root), size)
 
 
+def image_shapes(name: ImageData, size: int = 0) -> list[tuple[int, int, int]]:
+    """What :func:`load_image_data` may give as ``(C, H, W)``, without the data: a folder's images are grey or coloured.
+
+    >>> image_shapes("cifar10"), image_shapes("folder", 16)
+    ([(3, 32, 32)], [(1, 16, 16), (3, 16, 16)])
+    """
+    side = size or {"digits": 8, "cifar10": 32, "folder": FOLDER_SIZE}.get(name, 28)
+    coloured = name == "cifar10" or name.startswith("stacked-")
+    channels = (1, 3) if name == "folder" else (3,) if coloured else (1,)
+    return [(count, side, side) for count in channels]
+
+
 def at_size(data: Images, size: int) -> Images:
     """``data`` with sides of ``size``: grey images at most 4 pixels too small get a black frame, others are resized.
 

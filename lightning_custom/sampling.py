@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_custom.config import require_at_least
 from lightning_custom.errors import ConfigError
 from lightning_custom.events import png_bytes
 from lightning_custom.pictures import image_grid
@@ -100,48 +101,59 @@ def write_samples(path: Path, images: Tensor, labels: Tensor, columns: int) -> N
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """Draw samples from a run's best or last checkpoint."""
+class DrawConfig:
+    """What every recipe's verb ``sample`` is asked."""
 
     run_dir: str
     """Directory of the run."""
     count: int = 64
-    """Number of samples, or of rows of an interpolation."""
+    """Number of samples, or of rows."""
     out: str = "grid.png"
     """File to write: a picture of a grid (.png) or an array (.npy, and .npz with labels)."""
     which: Literal["best", "last"] = "best"
     """Checkpoint to take."""
+    label: int | None = None
+    """Class of all samples; none: a column a class, or of rows a row a class."""
+    seed: int = 0
+    """Seed of the noise."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, {"count": 1})
+
+    def labels(self, num_classes: int) -> tuple[Tensor, int]:
+        """Labels ``[count]``, all 0 without classes, and the columns of their grid."""
+        if self.label is not None and not 0 <= self.label < num_classes:
+            raise ConfigError(f"label: {self.label}; the run has {num_classes} classes, counted from 0")
+        if self.label is None and num_classes:
+            return torch.arange(self.count) % num_classes, num_classes
+        return torch.full((self.count,), self.label or 0), math.isqrt(self.count - 1) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(DrawConfig):
+    """Draw samples from a run's best or last checkpoint."""
+
     weights: Literal["average", "generator"] = "average"
     """The generator's average, or its last weights."""
-    label: int | None = None
-    """Class of all samples; none: a column a class, or of an interpolation a row a class."""
     threshold: float = 0.0
     """Numbers of a latent beyond this are drawn again; 0: none."""
     psi: float = 1.0
     """Factor of all latents: below 1 less variety, 0 the mean of each class."""
     interpolate: int = 0
     """Images of each row from one latent to another; 0: no interpolation."""
-    seed: int = 0
-    """Seed of the latents."""
 
     def __post_init__(self) -> None:
-        for name, least in {"count": 1, "threshold": 0, "psi": 0, "interpolate": 0}.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}: {getattr(self, name)}; it must be at least {least}")
+        super().__post_init__()
+        require_at_least(self, {"threshold": 0, "psi": 0, "interpolate": 0})
 
     def inputs(self, latent_size: int, num_classes: int) -> tuple[Tensor, Tensor, int]:
         """Latents ``[N, Z]``, labels ``[N]`` and the columns of their grid, for a generator of these sizes."""
-        if self.label is not None and not 0 <= self.label < num_classes:
-            raise ConfigError(f"label: {self.label}; the run has {num_classes} classes, counted from 0")
+        labels, columns = self.labels(num_classes)
         draw = torch.Generator().manual_seed(self.seed)
         ends = 2 if self.interpolate else 1
         latents = truncated_latents(ends * self.count, latent_size, draw, threshold=self.threshold, psi=self.psi)
-        labels = torch.arange(self.count) % max(num_classes, 1)
-        if self.label is not None:
-            labels = torch.full_like(labels, self.label)
         if self.interpolate:
             first, last = latents.chunk(2)
             path = spherical_path(first, last, self.interpolate)
             return path.flatten(0, 1), labels.repeat_interleave(self.interpolate), self.interpolate
-        is_by_class = num_classes > 0 and self.label is None
-        return latents, labels, num_classes if is_by_class else math.ceil(math.sqrt(self.count))
+        return latents, labels, columns

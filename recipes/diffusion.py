@@ -11,7 +11,6 @@ To expect of the default: FID about that of one half of the real images against 
 of the samples recognised as the class asked for. `--compile true` compiles the denoiser's forward and backward pass.
 """
 
-import math
 import sys
 import time
 from collections import deque
@@ -39,7 +38,7 @@ from lightning_custom.distributed import averages_by_itself, gather_shares, mean
 from lightning_custom.ema import EMA
 from lightning_custom.errors import ConfigError
 from lightning_custom.generation import GenerationScores, score_lines
-from lightning_custom.image_data import ImageData, image_classifier, load_image_data
+from lightning_custom.image_data import ImageData, image_classifier, image_shapes, load_image_data
 from lightning_custom.launch import launch
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import MetricLogger
@@ -47,7 +46,7 @@ from lightning_custom.pictures import image_grid
 from lightning_custom.precision import Bare, unwrap
 from lightning_custom.progress import Progress
 from lightning_custom.run import complete_already, config_of_run, newest_step
-from lightning_custom.sampling import require_ending, write_samples
+from lightning_custom.sampling import DrawConfig, require_ending, write_samples
 
 Generate = Callable[[Tensor, Tensor], Tensor]
 """``(noise [N, ...], labels [N]) -> samples``: this process's share of them, of noise and labels for all processes."""
@@ -182,6 +181,7 @@ def train(
     """
     config, rate = with_run_dir(fabric, config), learning_rate(config)
     require_within(config.bound, dataset)
+    require_labels(config.num_classes, dataset)
     process = Diffusion(config.noise_schedule, config.prediction, config.bound)
     if config.compile:
         denoiser.compile()
@@ -252,6 +252,13 @@ def require_within(bound: float, dataset: Any) -> None:
             f"bound: {bound}, but samples go from {least:.3g} to {most:.3g}; scale them, or set bound to their largest "
             "absolute value"
         )
+
+
+def require_labels(num_classes: int, dataset: Any) -> None:
+    """:class:`ConfigError` for labels of no class; one of ``num_classes`` would be taken for no label, in silence."""
+    least, most = (value_range(dataset, part=1) if num_classes else None) or (0, 0)
+    if num_classes and not 0 <= least <= most < num_classes:
+        raise ConfigError(f"num_classes: {num_classes}, but labels go from {least:g} to {most:g}; count them from 0")
 
 
 class Drawn(NamedTuple):
@@ -352,7 +359,7 @@ def main(config: DiffusionConfig) -> str:
     if config.num_classes not in (0, data.num_classes):
         raise ConfigError(f"num_classes: {config.num_classes}; {config.data} has {data.num_classes}, or use 0 for none")
     config = with_run_dir(fabric, config)
-    denoiser = network(config, data)
+    denoiser = network(config, data.images.shape[1:])
     shown = data._replace(images=data.images[: config.val_images], labels=data.labels[: config.val_images])
     scorer = GenerationScores(
         fabric, shown, image_classifier(fabric, config.data, data), conditional=config.num_classes > 0
@@ -375,14 +382,16 @@ def load_data(config: DiffusionConfig) -> Images:
     return load_image_data(config.data, config.data_root, config.image_size)
 
 
-def network(config: DiffusionConfig, data: Images) -> nn.Module:
-    """The denoiser that the config names, with weights from its seed."""
-    channels, height, width = data.images.shape[1:]
-    shape, own = (channels, height, width), config.self_conditioning
+def network(config: DiffusionConfig, shape: tuple[int, ...]) -> nn.Module:
+    """The denoiser that the config names, of images of ``shape`` (C, H, W), with weights from its seed."""
     torch.manual_seed(config.seed)
+    own = config.self_conditioning
     if config.network == "mlp":
         return MLPDenoiser(config.num_classes, shape, config.width, config.depth, self_conditioning=own)
-    return UNetDenoiser(config.num_classes, shape, config.width, config.patch, self_conditioning=own)
+    channels, height, width = shape
+    return UNetDenoiser(
+        config.num_classes, (channels, height, width), config.width, config.patch, self_conditioning=own
+    )
 
 
 def summary(config: DiffusionConfig, state: DiffusionState, rate: float, preparing: float, training: float) -> None:
@@ -402,21 +411,13 @@ def summary(config: DiffusionConfig, state: DiffusionState, rate: float, prepari
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig:
+class SampleConfig(DrawConfig):
     """Draw samples from a run's best or last checkpoint."""
 
-    run_dir: str
-    """Directory of the run."""
     count: int = 60
     """Number of samples."""
-    out: str = "grid.png"
-    """File to write: a picture of a grid (.png) or an array (.npy, and .npz with labels)."""
-    which: Literal["best", "last"] = "best"
-    """Checkpoint to take."""
     weights: Literal["average", "denoiser"] = "average"
     """The denoiser's average, or its last weights."""
-    label: int | None = None
-    """Class of all samples; none: a column a class."""
     show: Literal["samples", "noisy", "estimates"] = "samples"
     """The samples, or a row for each with what it was after every step: noisy, or as estimated."""
     sample_steps: int | None = None
@@ -425,32 +426,19 @@ class SampleConfig:
     """Share of fresh noise in each of them: 0 is DDIM, 1 ancestral sampling."""
     guidance: float | None = None
     """Weight of classifier-free guidance."""
-    seed: int = 0
-    """Seed of the noise."""
 
 
 def sample(request: SampleConfig) -> None:
     """Write the file that ``request`` asks for."""
-    if request.count < 1:
-        raise ConfigError(f"count: {request.count}; it must be at least 1")
     require_ending(Path(request.out))
     asked = {name: getattr(request, name) for name in ("sample_steps", "eta", "guidance")}
     changes = {name: value for name, value in asked.items() if value is not None}
     config = config_of_run(DiffusionConfig, request.run_dir, **changes)
-    if request.label is not None and not 0 <= request.label < config.num_classes:
-        raise ConfigError(f"label: {request.label}; the run has {config.num_classes} classes, counted from 0")
-    weights, data = load_module(request.run_dir, request.weights, which=request.which), load_data(config)
-    denoiser = network(config, data)
-    denoiser.load_state_dict(weights)
-    columns = config.num_classes if config.num_classes and request.label is None else math.isqrt(request.count - 1) + 1
-    # Without classes every label is 0, as in the data.
-    labels = torch.arange(request.count) % max(config.num_classes, 1)
-    if request.label is not None:
-        labels = torch.full_like(labels, request.label)
-    draw = torch.Generator().manual_seed(request.seed)
-    shape = (request.count, *data.images.shape[1:])
-    noise = torch.randn(shape, generator=draw)
-    found = denoising(config, denoiser.eval(), noise, labels, lambda: torch.randn(shape, generator=draw))
+    labels, columns = request.labels(config.num_classes)
+    denoiser, shape = trained(config, load_module(request.run_dir, request.weights, which=request.which))
+    draw, every = torch.Generator().manual_seed(request.seed), (request.count, *shape)
+    noise = torch.randn(every, generator=draw)
+    found = denoising(config, denoiser.eval(), noise, labels, lambda: torch.randn(every, generator=draw))
     steps = list(found) if request.show != "samples" else [*deque(found, maxlen=1)]
     images = steps[-1][0]
     if request.show != "samples":
@@ -459,6 +447,17 @@ def sample(request: SampleConfig) -> None:
         labels = labels.repeat_interleave(columns)
     write_samples(Path(request.out), images.float(), labels, columns)
     print(f"{request.count} samples: {request.out}")
+
+
+def trained(config: DiffusionConfig, weights: dict[str, Any]) -> tuple[nn.Module, tuple[int, ...]]:
+    """The denoiser with the ``weights`` of a run, and the shape of its samples; the data itself is not needed."""
+    shapes = {name: part.shape for name, part in weights.items()}
+    for shape in image_shapes(config.data, config.image_size):
+        denoiser = network(config, shape)
+        if {name: part.shape for name, part in denoiser.state_dict().items()} == shapes:
+            denoiser.load_state_dict(weights)
+            return denoiser, shape
+    raise ConfigError(f"run_dir: its weights are of no denoiser for images of {config.data}; check the path")
 
 
 if __name__ == "__main__":

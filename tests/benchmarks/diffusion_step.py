@@ -32,7 +32,7 @@ class Timed(nn.Module):
 
     def __init__(self, config: DiffusionConfig) -> None:
         super().__init__()
-        self.network = network(config, load_data(config))
+        self.network = network(config, load_data(config).images.shape[1:])
         self.times: list[float] = []
 
     def forward(self, *inputs: Tensor) -> Tensor:

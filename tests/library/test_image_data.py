@@ -6,7 +6,7 @@ from PIL import Image
 from lightning_custom import image_data
 from lightning_custom.datasets import Images, digits
 from lightning_custom.errors import ConfigError
-from lightning_custom.image_data import at_size, image_classifier, load_image_data, turned
+from lightning_custom.image_data import at_size, image_classifier, image_shapes, load_image_data, turned
 from lightning_custom.stacked import StackedExtractor
 from lightning_custom.testing import single_process
 
@@ -56,6 +56,16 @@ def test_names_choose_the_data(tmp_path, monkeypatch):
     assert asked == [("fashion-mnist", "here"), ("mnist", "here")]
     with pytest.raises(ConfigError, match="image_size: 3; give at least 4, or 0 for the data's own"):
         load_image_data("digits", None, 3)
+
+
+@pytest.mark.parametrize("size", [0, 36])
+@pytest.mark.parametrize("name", ["digits", "mnist", "fashion-mnist", "cifar10", "stacked-mnist", "folder"])
+def test_the_shape_is_known_without_the_data(name, size, tmp_path, monkeypatch):
+    read = {"digits": (1, 8), "cifar10": (3, 32)}
+    monkeypatch.setattr(image_data, "load_images", lambda name, root: some(*read.get(name, (1, 28))))
+    for mode in ("L", "RGB"):
+        Image.new(mode, (5, 7)).save(tmp_path / "image.png")
+        assert tuple(load_image_data(name, str(tmp_path), size).images.shape[1:]) in image_shapes(name, size)
 
 
 def test_what_is_fitted_measures_the_data(monkeypatch):

@@ -95,7 +95,7 @@ def run_diffusion(fabric: Fabric, config: diffusion.DiffusionConfig) -> diffusio
         samples = gather_shares(generate(noise, data.labels[:21]), fabric)
         return {"val/fid": float((samples.mean() - data.images.mean()).abs())}
 
-    denoiser = diffusion.network(config, data)
+    denoiser = diffusion.network(config, data.images.shape[1:])
     return diffusion.train(fabric, config, denoiser=denoiser, dataset=data.dataset(), scores=scores)
 
 

@@ -1,6 +1,7 @@
 """Diffusion: what the denoiser is given and asked for in a step, own networks and data, strategies, the verb."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -187,6 +188,14 @@ def test_samples_beyond_the_bound_are_refused_since_estimates_are_cut_there(tmp_
     recipe.require_within(0.0, TensorDataset(samples))
 
 
+def test_labels_that_are_counted_from_one_are_refused_since_the_last_would_mean_none(tmp_path):
+    samples, labels = points().tensors
+    config = replace(CONFIG, run_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match="num_classes: 3, but labels go from 1 to 3; count them from 0"):
+        recipe.train(single_process(), config, denoiser=Witness(), dataset=TensorDataset(samples, labels + 1))
+    recipe.require_labels(0, [(sample, "a caption") for sample in samples])
+
+
 @pytest.mark.parametrize(
     "fields, named",
     [
@@ -235,7 +244,7 @@ def test_fsdp_is_refused_in_one_line(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of what it imports to compile
 def test_a_compiled_run_is_the_eager_one_and_is_compiled(tmp_path):
-    data, found = recipe.load_data(recipe.DiffusionConfig()), []
+    dataset, found = recipe.load_data(recipe.DiffusionConfig()).dataset(), []
     for compiled in (False, True):
         counters.clear()
         config = recipe.DiffusionConfig(
@@ -243,7 +252,7 @@ def test_a_compiled_run_is_the_eager_one_and_is_compiled(tmp_path):
             run_dir=str(tmp_path / str(compiled)),
         )  # fmt: skip
         state = recipe.train(
-            single_process("64-true"), config, denoiser=recipe.network(config, data), dataset=data.dataset()
+            single_process("64-true"), config, denoiser=recipe.network(config, (1, 8, 8)), dataset=dataset
         )
         found.append(state.denoiser.state_dict())
         assert (counters["stats"]["unique_graphs"] > 0) == compiled
@@ -288,7 +297,7 @@ def test_sample_draws_what_the_average_makes_of_noise(finished, tmp_path):
     out = tmp_path / "samples.npz"
     assert drawn(finished, "--out", out, "--count", 12, "--guidance", 0, "--which", "last", "--seed", 5) == 0
     config = replace(config_of(finished), guidance=0.0)
-    denoiser = recipe.network(config, recipe.load_data(config))
+    denoiser = recipe.network(config, (1, 8, 8))
     denoiser.load_state_dict(load_module(finished, "average", which="last"))
     noise = torch.randn(12, 1, 8, 8, generator=torch.Generator().manual_seed(5))
     labels = torch.arange(12) % 10
@@ -309,6 +318,23 @@ def test_sample_draws_a_column_a_class_and_a_row_for_each_way(finished, tmp_path
         with Image.open(tmp_path / f"{name}.png") as picture:
             sizes[name] = picture.size
     assert sizes == {"classes": (651, 131), "one": (131, 131), "way": (326, 196)}
+
+
+def test_sample_needs_no_training_data(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(16):
+        Image.new("RGB", (16, 16), (10 * i, 0, 255)).save(images / f"{i}.png")
+    config = recipe.DiffusionConfig(
+        steps=2, network="unet", width=8, batch_size=4, sample_steps=2, validate_every=0, checkpoint_every=0,
+        num_classes=0, data="folder", data_root=str(images), image_size=16, accelerator="cpu", run_dir=str(tmp_path),
+    )  # fmt: skip
+    data = recipe.load_data(config)
+    denoiser = recipe.network(config, data.images.shape[1:])
+    recipe.train(single_process(), config, denoiser=denoiser, dataset=data.dataset())
+    shutil.rmtree(images)
+    assert drawn(tmp_path, "--out", tmp_path / "samples.npy", "--count", 3) == 0
+    assert np.load(tmp_path / "samples.npy").shape == (3, 16, 16, 3)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def train_gan(fabric, run_dir):
 def train_diffusion(fabric, run_dir):
     config = diffusion.DiffusionConfig(run_dir=str(run_dir), stop_at=STEPS, log_every=1, accelerator="cpu")
     data = diffusion.load_data(config)
-    diffusion.train(fabric, config, denoiser=diffusion.network(config, data), dataset=data.dataset())
+    diffusion.train(fabric, config, denoiser=diffusion.network(config, data.images.shape[1:]), dataset=data.dataset())
     return config
 
 
