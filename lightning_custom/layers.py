@@ -8,10 +8,14 @@ from lightning_custom.errors import ConfigError
 
 
 def head_of(module: nn.Module) -> str:
-    """The beginning of the names of the last layer's parameters: of ``model.head``, or of the last layer with any."""
-    if hasattr(module, "head"):
+    """The beginning of the names of the last layer's parameters: of ``model.head``, or of the last layer with any.
+
+    Empty for a module that is one layer.
+    """
+    if list(getattr(module, "head", nn.Identity()).parameters()):
         return "head."
-    return f"{[name for name, part in module.named_modules() if list(part.parameters(recurse=False))][-1]}."
+    layers = [name for name, part in module.named_modules() if list(part.parameters(recurse=False))]
+    return f"{layers[-1]}." if any(layers) else ""
 
 
 def freeze_(module: nn.Module, prefixes: Sequence[str]) -> None:

@@ -38,6 +38,11 @@ class Cut:
     def __init__(self, features: Any) -> None:
         self.features = [part for part in tree_leaves(features) if isinstance(part, Tensor) and part.requires_grad]
         """The trunk's, with their graph."""
+        if not self.features:
+            raise ConfigError(
+                f"trunk: its features, a {type(features).__name__}, hold no tensor with a gradient; give tensors, or "
+                "tuples, lists or dicts of them"
+            )
         self._leaves: list[Tensor] = []
         self.seen = tree_map(self._detached, features)
         """The same numbers without it; the backward pass of a loss leaves its gradient here."""
@@ -146,10 +151,8 @@ def feature_gram(fabric: Fabric, cuts: Sequence[Cut]) -> Tensor:
 def weighted_backward(cuts: Sequence[Cut], weights: Tensor) -> None:
     """Leave the sum of the tasks' gradients, times ``weights [T]``, in the trunk: one backward pass."""
     features = [part for cut in cuts for part in cut.features]
-    weights = weights.to(features[0].device)
-    at_features = [
-        weight.to(part.dtype) * part for weight, cut in zip(weights, cuts, strict=True) for part in cut.gradients
-    ]
+    # As numbers: MPS takes no float64.
+    at_features = [weight * part for weight, cut in zip(weights.tolist(), cuts, strict=True) for part in cut.gradients]
     torch.autograd.backward(features, at_features)
 
 

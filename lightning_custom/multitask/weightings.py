@@ -162,7 +162,10 @@ class DWA(Weighting):
 
     def weigh(self, losses: Tensor, generator: torch.Generator) -> Tensor:
         """T times a softmax of the last two windows' ratios; takes the losses into the open window."""
-        ratios = self.recent / self.before if self._steps >= 2 * self.window else torch.ones_like(losses)
+        ratios = torch.ones_like(losses)
+        if self._steps >= 2 * self.window:
+            # A loss that was 0 for a whole window has no ratio to it.
+            ratios = torch.where(self.before == 0, ratios, self.recent / self.before)
         self.sums = self.sums + losses
         self._steps += 1
         if self._steps % self.window == 0:

@@ -124,6 +124,17 @@ def test_features_in_containers_are_cut_too():
     torch.testing.assert_close(task_gradients(single_process(), cuts, parameters), torch.stack(expected))
 
 
+def test_features_that_hold_no_tensor_with_a_gradient_are_named():
+    class Features:
+        def __init__(self, values):
+            self.values = values
+
+    trunk, _ = networks()
+    for features, kind in ((Features(trunk(samples()[0])), "Features"), (samples()[0], "Tensor")):
+        with pytest.raises(ConfigError, match=f"trunk: its features, a {kind}, hold no tensor with a gradient"):
+            Cut(features)
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_weighted_backward_pass_is_the_weighted_sum_of_the_rows(apart):
     trunk, heads = networks()

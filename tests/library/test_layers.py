@@ -17,9 +17,20 @@ class HeadFirst(nn.Module):
         self.trunk = nn.Sequential(nn.Linear(4, 3))
 
 
+class Headless(nn.Module):
+    """A trunk as torchvision's and timm's users cut it."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Identity()
+        self.trunk = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+
+
 @pytest.mark.parametrize(
     "make, head",
     [
+        (Headless, "trunk.1."),
+        (lambda: nn.Linear(4, 3), ""),
         (sinusoid_network, "4."),
         (lambda: FewShotConvNet(5, width=8), "head."),
         (HeadFirst, "head."),

@@ -372,6 +372,14 @@ def test_other_methods_take_any_loss(name):
     weighting.check()
 
 
+def test_a_loss_that_was_zero_for_a_window_has_no_ratio_in_dwa():
+    weighting = make("dwa")
+    for k in range(12):
+        weights = step(weighting, k, torch.tensor([1.0, 0.0, 0.0 if k < 9 else 0.5], dtype=torch.float64))
+        assert torch.isfinite(weights).all()
+    assert weights.tolist() == [1, 1, 1]
+
+
 @pytest.mark.parametrize("name", ["uncertainty", "imtl-l", "dwa", "gradnorm"])
 def test_a_loss_of_zero_ends_no_run_where_the_method_has_an_answer(name):
     weighting = after(name, 3)
