@@ -30,14 +30,14 @@ from lightning_custom import schedules
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
 from lightning_custom.config import RunConfig, read_config, require_at_least, with_run_dir
-from lightning_custom.data import Batches
+from lightning_custom.data import Batches, require_map_style
 from lightning_custom.datasets import Images, load_images, overlaid, split
 from lightning_custom.distributed import mean_gradients_
 from lightning_custom.errors import ConfigError
-from lightning_custom.evaluation import evaluating
+from lightning_custom.evaluation import computed, evaluating
 from lightning_custom.launch import launch
 from lightning_custom.loop import due, seed_step
-from lightning_custom.metrics import MetricLogger
+from lightning_custom.metrics import MetricLogger, is_logged
 from lightning_custom.multitask.aggregator import Aggregator, GramAggregator
 from lightning_custom.multitask.batches import Sampling, TaskBatches
 from lightning_custom.multitask.conflict import conflict
@@ -57,12 +57,13 @@ from lightning_custom.multitask.jacobian import (
 )
 from lightning_custom.multitask.methods import Method, make_method
 from lightning_custom.multitask.task_data import batches_once, passes_of, require_tasks
-from lightning_custom.multitask.task_losses import Loss, TaskScores, labelled, task_losses
+from lightning_custom.multitask.task_losses import Loss, TaskScores, task_losses, update_metric
 from lightning_custom.multitask.weighting import Weighting
 from lightning_custom.networks import LeNetTrunk, mlp_head
 from lightning_custom.pictures import cosine_picture
 from lightning_custom.precision import bare, unwrap
 from lightning_custom.progress import Progress
+from lightning_custom.run import complete_already, newest_step
 from lightning_custom.state import Stateful
 
 
@@ -128,6 +129,10 @@ class MultitaskConfig(RunConfig):
         require_at_least(self, {"batch_size": 1, "aggregate_every": 1, "lr": 0, "weight_decay": 0, "width": 1})
         if self.aggregate_every > 1 and self.sampling not in ("cycle", "shortest"):
             raise ConfigError(f"aggregate_every: {self.aggregate_every} needs all tasks in a step; use sampling cycle")
+        for field, plain in (("temperature", 1.0), ("ratios", None)):
+            value = getattr(self, field)
+            if value != plain and self.sampling != field:
+                raise ConfigError(f"{field}: {value}, but sampling is {self.sampling}; use sampling {field}")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -191,9 +196,16 @@ def train(
     """
     config, tasks = with_run_dir(fabric, config), tuple(heads)
     require_tasks(tasks, losses=losses, metrics=metrics, data=data, val_data=val_data)
+    if val_data is not None:
+        for part in val_data.values() if isinstance(val_data, Mapping) else [val_data]:
+            require_map_style("val_data", part)
+    losses = {task: losses[task] for task in tasks}
     method = method or make_method(config.method, tasks, config.method_options)
     if isinstance(method, Weighting):
-        method.to(fabric.device)
+        if method.tasks != tasks:
+            others = ", ".join(method.tasks)
+            raise ConfigError(f"method: of tasks {others}; give those of the heads in their order: {', '.join(tasks)}")
+        method.to(fabric.device, torch.float32 if fabric.device.type == "mps" else None)
     trunk = fabric.setup_module(trunk)
     modules: dict[str, nn.Module] = {task: fabric.setup_module(head) for task, head in heads.items()}
     shared = [parameter for parameter in trunk.parameters() if parameter.requires_grad]
@@ -345,23 +357,20 @@ def evaluate(
     """Scores of every task over every sample of ``data`` once, means over tasks, and Delta-m; none without data."""
     if data is None:
         return {}
-    scores = TaskScores(fabric, tuple(state.heads))
+    scores, losses = TaskScores(fabric, tuple(state.heads)), {task: losses[task] for task in state.heads}
     own = {task: metric.to(fabric.device) for task, metric in (metrics or {}).items()}
     with evaluating(state.trunk, *state.heads.values()):
         for batch in batches_once(fabric, data, batch_size=500 * fabric.world_size):
             passes = forward(fabric, state, batch, cut=False)
             scores.update(task_losses(fabric, losses, *passes[:2]), *passes[:2])
             for task in own.keys() & passes.outputs.keys():
-                own[task].update(*labelled(passes.outputs[task], passes.targets[task]))
+                update_metric(own[task], passes.outputs[task], passes.targets[task])
     found = scores.flush()
     values = found.tags(prefix)
     if baselines is not None:
         values[f"{prefix}delta_m"] = found.delta_m(baselines)
     for task, metric in own.items():
-        result = metric.compute()
-        named = result if isinstance(result, Mapping) else {type(metric).__name__: result}
-        values |= {f"{prefix}{name}/{task}": float(value) for name, value in named.items()}
-        metric.reset()
+        values |= {f"{prefix}{name}/{task}": value for name, value in computed(metric).items()}
     return values
 
 
@@ -381,6 +390,8 @@ def make_batches(fabric: Fabric, config: MultitaskConfig, data: Any) -> Batches 
         "batch_size": config.batch_size, "seed": config.seed, "num_workers": config.num_workers,
     }  # fmt: skip
     if not isinstance(data, Mapping):
+        if config.sampling != "cycle":
+            raise ConfigError(f"sampling: {config.sampling}, but all tasks share one data set; give one a task")
         return Batches(fabric, data, **options)
     return TaskBatches(
         fabric, data, sampling=config.sampling, temperature=config.temperature, ratios=config.ratios, **options
@@ -393,25 +404,37 @@ def parameter_groups(
     """Groups named trunk, by the tasks, and weighting, each with its learning rate."""
     head_lr = config.head_lr or {}
     require_tasks(tuple(heads), head_lr={**dict.fromkeys(heads), **head_lr})
-    groups = [{"name": "trunk", "params": list(trunk.parameters()), "lr": config.lr}]
+    groups: list[dict[str, Any]] = [{"name": "trunk", "params": list(trunk.parameters()), "lr": config.lr}]
     groups += [
         {"name": task, "params": list(head.parameters()), "lr": head_lr.get(task, config.lr)}
         for task, head in heads.items()
     ]
     if isinstance(method, Weighting) and list(method.parameters()):
         groups.append({"name": "weighting", "params": list(method.parameters()), "lr": config.lr, "weight_decay": 0.0})
+    owners: dict[int, str] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            if (owner := owners.setdefault(id(parameter), group["name"])) != group["name"]:
+                raise ConfigError(
+                    f"heads: {group['name']} has a parameter of {owner}; what is shared belongs into the trunk alone"
+                )
     return groups
 
 
 def learning_rates(config: MultitaskConfig, optimizer: Optimizer) -> dict[int | str, schedules.Schedule]:
-    """The learning rate of each parameter group by its name, as a function of the step."""
-    shape = schedules.named(config.schedule, 1.0, config.steps)
-    return {group["name"]: schedules.Scaled(shape, group["lr"]) for group in optimizer.param_groups}
+    """The learning rate of each parameter group by its name (number without one), as a function of the step."""
+    shape, groups = schedules.named(config.schedule, 1.0, config.steps), enumerate(optimizer.param_groups)
+    return {group.get("name", i): schedules.Scaled(shape, group["lr"]) for i, group in groups}
 
 
 def require_possible(config: MultitaskConfig, method: Any, shared: Sequence[nn.Parameter]) -> None:
     """:class:`ConfigError` for a method that cannot work in this way."""
     if isinstance(method, Weighting):
+        for field, plain in (("gradients", "exact"), ("aggregate_every", 1), ("batched_backward", "auto")):
+            value = getattr(config, field)
+            if value not in (plain, False):
+                name = type(method).__name__
+                raise ConfigError(f"{field}: {value}, but {name} sees losses and no gradients; leave it out")
         return
     if not shared:
         raise ConfigError("trunk: no parameter to train; without one there is nothing to aggregate, use method equal")
@@ -437,7 +460,7 @@ def main(config: MultitaskConfig) -> str:
     config = with_run_dir(fabric, config)
     train_data, val_data, test_data = load_data(config)
     trunk, heads = networks(config, train_data)
-    started = time.perf_counter()
+    started, resumed_at = time.perf_counter(), newest_step(config.run_dir)
     state = train(
         fabric,
         config,
@@ -448,7 +471,7 @@ def main(config: MultitaskConfig) -> str:
         val_data=dataset(config, val_data),
     )
     if state.step == config.steps:
-        summary(fabric, config, state, test_data, time.perf_counter() - started)
+        summary(fabric, config, state, test_data, state.step - resumed_at, time.perf_counter() - started)
     return str(config.run_dir)
 
 
@@ -499,11 +522,19 @@ def load_best_(config: MultitaskConfig, state: MultitaskState) -> None:
         unwrap(module).load_state_dict(load_module(str(config.run_dir), name))
 
 
-def summary(fabric: Fabric, config: MultitaskConfig, state: MultitaskState, test_data: Images, seconds: float) -> None:
+def summary(
+    fabric: Fabric, config: MultitaskConfig, state: MultitaskState, test_data: Images, steps: int, seconds: float
+) -> None:
     """Test the best checkpoint and print the result, where the run is, and how to look at it."""
+    # A run that was stopped in its test has its steps, and not yet its scores.
+    if steps == 0 and (state.step == 0 or is_logged(str(config.run_dir), state.step, "test/accuracy")):
+        if fabric.global_rank == 0:
+            print(complete_already(config, state.step))
+        return
     load_best_(config, state)
     losses = dict.fromkeys(state.heads, sample_entropies)
     scores = evaluate(fabric, state, dataset(config, test_data), losses, "test/")
+    state.metrics.record(state.step, scores)
     if fabric.global_rank == 0:
         found = "   ".join(f"{task} {scores[f'test/accuracy/{task}']:.2%}" for task in state.heads)
         print(

@@ -17,8 +17,19 @@ def passes_of(batch: Any, tasks: Sequence[str]) -> Iterator[tuple[Any, Mapping[s
     one pass for all; or a mapping by task of (inputs, target): a pass for each, whose graphs stay apart.
     """
     if isinstance(batch, Mapping):
+        if not batch.keys() <= set(tasks):
+            raise ConfigError(
+                f"data: a batch of {', '.join(map(str, batch))}; the heads are of {', '.join(tasks)}: give (inputs, "
+                "targets), or (inputs, target) by task"
+            )
         yield from ((inputs, {task: target}) for task, (inputs, target) in batch.items())
         return
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], (Tensor, Mapping))):
+        kinds = ", ".join(type(part).__name__ for part in batch) if isinstance(batch, (tuple, list)) else ""
+        raise ConfigError(
+            f"data: a batch is a {type(batch).__name__}{f' of ({kinds})' if kinds else ''}; give (inputs, targets), "
+            f"whose targets are a mapping by task or a tensor [B, {len(tasks)}]"
+        )
     inputs, targets = batch
     if isinstance(targets, Tensor):
         if targets.dim() < 2 or targets.shape[1] != len(tasks):

@@ -1,5 +1,6 @@
 """The losses of all tasks over all processes, where some samples have no label; and scores of them."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
+from torchmetrics import Metric, MetricCollection
 
 from lightning_custom.distributed import divide_items, process_item, sum_over_processes
 from lightning_custom.errors import ConfigError
@@ -40,9 +42,10 @@ def task_losses(
     """The loss of each task of ``losses``, of whose outputs and targets some or all may be missing.
 
     Missing is a task without outputs in this step, an integer target of -100, and a floating-point one that is nan:
-    such a sample has no part in the loss or its mean. Where a task's targets are several tensors, a sample needs all.
-    A loss that gives a mean is asked a second time for the labelled samples where some are not, after a look at the
-    device; one that gives a value for each waits for nothing. One reduction over processes.
+    such a label has no part in the loss or its mean. Where a task's targets are several tensors, or the loss gives a
+    value for a sample of several labels, a sample needs all. A loss that gives a mean is asked a second time for the
+    labelled samples where some are not, after a look at the device; one that gives a value for each waits for nothing.
+    One reduction over processes. :class:`ConfigError` for a mean over samples with a part of their labels.
     """
     dtype = _widest(fabric)
     found = [
@@ -70,7 +73,7 @@ def _sum_and_count(task: str, loss: Loss, outputs: Any, targets: Any) -> tuple[T
     if not isinstance(values, Tensor):
         raise ConfigError(f"losses: that of {task!r} gave a {type(values).__name__}; give a tensor, [B] or a mean")
     if values.dim() == 0:
-        return _sum_of_mean(loss, values, outputs, targets)
+        return _sum_of_mean(task, loss, values, outputs, targets)
     if len(values) != len(there):
         raise ConfigError(
             f"losses: that of {task!r} gave {len(values)} values for {len(there)} samples; give one for each, or a mean"
@@ -79,37 +82,66 @@ def _sum_and_count(task: str, loss: Loss, outputs: Any, targets: Any) -> tuple[T
     return torch.where(there, values, 0).sum(), there.sum()
 
 
-def _sum_of_mean(loss: Loss, mean: Tensor, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
-    there = _by_sample(has_label(targets))
+def _sum_of_mean(task: str, loss: Loss, mean: Tensor, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    labels = has_label(targets)
+    there = _by_sample(labels)
     count = there.sum()
-    if int(count) == 0:
-        return torch.where(there[0], mean, 0), count
-    if int(count) < len(there):
+    whole, some = torch.stack([count, labels.flatten(1).any(1).sum() if labels.dim() > 1 else count]).tolist()
+    if whole < some:
+        raise ConfigError(
+            f"losses: that of {task!r} gave a mean, but {some - whole} of {len(there)} samples have only some of their "
+            "labels; give a value for each label (reduction='none')"
+        )
+    if whole == 0:
+        return torch.where(there.any(), mean, 0), count
+    if whole < len(there):
         mean = loss(*labelled(outputs, targets))
     return mean * count, count
 
 
 def has_label(targets: Any) -> Tensor:
     """Which labels are there: entry by entry of one tensor ``[B, ...]``, which samples have all of several ``[B]``."""
-    there = [
-        ~part.isnan() if part.is_floating_point() else part != MISSING
-        for part in tree_leaves(targets)
-        if isinstance(part, Tensor)
-    ]
+    there = [~_missing(part) for part in tree_leaves(targets) if isinstance(part, Tensor)]
     return there[0] if len(there) == 1 else torch.stack([_by_sample(part) for part in there]).all(0)
 
 
 def labelled(outputs: Any, targets: Any) -> tuple[Any, Any]:
-    """Outputs and targets of the samples that have every label; waits for the device."""
-    there = _by_sample(has_label(targets))
+    """Outputs and targets of the samples that have every label; waits for the device.
+
+    Of integers ``[B, ...]``, such as a segmentation, those that have any; -100 stays in them.
+    """
+    there = has_label(targets)
+    by_entry = isinstance(targets, Tensor) and there.dim() > 1 and not targets.is_floating_point()
+    there = there.flatten(1).any(1) if by_entry else _by_sample(there)
     return tree_map(lambda part: part[there], outputs), tree_map(lambda part: part[there], targets)
 
 
+def update_metric(metric: Metric | MetricCollection, outputs: Any, targets: Any) -> None:
+    """Give ``metric`` what :func:`labelled` leaves of a batch, unless it is nothing, which some do not bear."""
+    outputs, targets = labelled(outputs, targets)
+    if any(len(part) for part in tree_leaves(targets)):
+        metric.update(outputs, targets)
+
+
 def _filled(targets: Any) -> Any:
-    """Targets with a 0 in place of what is missing, which every loss can take."""
+    """Targets with a label of the batch, or 0, in place of what is missing."""
     if not isinstance(targets, Tensor):
         return targets
-    return targets.nan_to_num(0.0) if targets.is_floating_point() else targets.masked_fill(targets == MISSING, 0)
+    missing = _missing(targets)
+    if not targets.is_floating_point():
+        return targets.masked_fill(missing, 0)
+    if not targets.numel():
+        return targets
+    # A loss that divides by its target would have a gradient of nan at 0, and 0 times nan is not 0.
+    label = targets.take((~missing).flatten().byte().argmax()).nan_to_num(0.0)
+    return torch.where(missing, label, targets)
+
+
+def _missing(targets: Tensor) -> Tensor:
+    if targets.is_floating_point():
+        return targets.isnan()
+    # Among unsigned numbers -100 would be taken for 156.
+    return targets == MISSING if targets.dtype.is_signed else torch.zeros_like(targets, dtype=torch.bool)
 
 
 def _by_sample(labelled: Tensor) -> Tensor:
@@ -190,6 +222,12 @@ class TaskScores:
         self._sums.zero_()
         found = Scores({}, {}, {})
         for i, task in enumerate(self._tasks):
+            if scored[i] and not labels[i] and self._fabric.global_rank == 0:
+                warnings.warn(
+                    f"losses: that of {task!r} gave a value a sample, and no sample had all of its labels: nothing was "
+                    "learned; give a value a label",
+                    stacklevel=2,
+                )
             found.loss[task] = losses[i] / labels[i] if labels[i] else float("nan")
             if task in self._kinds:
                 by_task = found.accuracy if self._kinds[task] == "accuracy" else found.error

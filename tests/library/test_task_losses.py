@@ -5,13 +5,23 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, log_loss, mean_absolute_error, mean_squared_error
 from torch.nn.functional import cross_entropy, mse_loss
+from torchmetrics import MeanSquaredError
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_custom.distributed import take_share
 from lightning_custom.errors import ConfigError
 from lightning_custom.multitask.conflict import delta_m
 from lightning_custom.multitask.methods import make_method
 from lightning_custom.multitask.task_data import passes_of, require_tasks
-from lightning_custom.multitask.task_losses import MISSING, Scores, TaskScores, has_label, labelled, task_losses
+from lightning_custom.multitask.task_losses import (
+    MISSING,
+    Scores,
+    TaskScores,
+    has_label,
+    labelled,
+    task_losses,
+    update_metric,
+)
 from lightning_custom.testing import first_difference, in_processes, single_process
 
 SIZE = 20
@@ -79,6 +89,14 @@ def test_missing_labels_leave_no_gradient_and_no_nan():
         assert gradient[there].abs().sum() > 0.1
 
 
+def test_a_loss_that_divides_by_its_target_has_a_gradient_where_labels_are_missing():
+    outputs = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    targets = torch.tensor([math.nan, 4.0, math.nan])
+    relative = {"depth": lambda outputs, targets: (outputs / targets - 1).square()}
+    task_losses(single_process(), relative, {"depth": outputs}, {"depth": targets}).local.sum().backward()
+    assert outputs.grad.tolist() == [0, 2 * (2 / 4 - 1) / 4, 0]
+
+
 def test_a_task_without_labels_or_without_outputs_has_a_loss_of_zero_and_is_not_present():
     outputs, targets = batch()
     targets["mean"] = torch.full((SIZE,), math.nan, dtype=torch.float64)
@@ -102,6 +120,61 @@ def test_a_sample_needs_every_one_of_several_targets():
     assert mean.means.tolist() == found.means.tolist()
     kept, known = labelled(outputs["pair"], targets["pair"])
     assert [len(part) for part in (*kept, *known)] == [2] * 4
+
+
+def segmentation():
+    """Logits and classes of pixels, of which a few of each image, and all of one, have none."""
+    rng = torch.Generator().manual_seed(0)
+    classes = torch.randint(3, (4, 5, 5), generator=rng)
+    classes[:, 0, :2] = MISSING
+    classes[3] = MISSING
+    return {"pixels": torch.randn(4, 3, 5, 5, generator=rng)}, {"pixels": classes}
+
+
+def test_a_mean_over_images_with_a_few_missing_pixels_is_refused_and_not_a_silent_nothing():
+    outputs, targets = segmentation()
+    message = r"losses: that of 'pixels' gave a mean, but 3 of 4 samples have only some of their labels; .*reduction"
+    with pytest.raises(ConfigError, match=message):
+        task_losses(single_process(), {"pixels": cross_entropy}, outputs, targets)
+    found = task_losses(single_process(), {"pixels": LOSSES["pixels"]}, outputs, targets)
+    assert found.counts.tolist() == [3 * 23]
+    assert found.means.item() == pytest.approx(cross_entropy(outputs["pixels"], targets["pixels"]).item(), rel=1e-6)
+    whole = {"pixels": targets["pixels"].clamp_min(0)}
+    mean = task_losses(single_process(), {"pixels": cross_entropy}, outputs, whole)
+    assert mean.means.item() == pytest.approx(cross_entropy(outputs["pixels"], whole["pixels"]).item(), rel=1e-6)
+
+
+def test_a_value_a_sample_of_which_none_is_whole_is_warned_of():
+    outputs, targets = segmentation()
+    by_sample = {"pixels": lambda *parts: LOSSES["pixels"](*parts).mean((1, 2))}
+    scores = TaskScores(single_process(), ("pixels",))
+    scores.update(task_losses(single_process(), by_sample, outputs, targets), outputs, targets)
+    with pytest.warns(UserWarning, match="'pixels' gave a value a sample, and no sample had all of its labels"):
+        scores.flush()
+
+
+def test_a_metric_gets_images_with_any_labelled_pixel_and_no_batch_without():
+    outputs, targets = segmentation()
+    metric = MulticlassAccuracy(3, average="micro", ignore_index=MISSING)
+    update_metric(metric, outputs["pixels"], targets["pixels"])
+    there = has_label(targets["pixels"])
+    assert metric.compute() == (outputs["pixels"].argmax(1) == targets["pixels"])[there].float().mean()
+    nothing = MeanSquaredError()
+    update_metric(nothing, torch.ones(3), torch.full((3,), math.nan))
+    assert nothing.update_count == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.bool])
+def test_every_number_that_is_not_missing_is_a_label_in_any_integer_type(dtype):
+    targets = torch.arange(256).to(dtype)
+    missing = [label for label in targets.tolist() if label == MISSING]
+    assert int((~has_label(targets)).sum()) == len(missing) == (dtype == torch.int8)
+
+
+def test_a_process_without_samples_adds_nothing():
+    found = task_losses(single_process(), {"mean": mse_loss}, {"mean": torch.ones(0)}, {"mean": torch.ones(0)})
+    assert found.means.tolist() == [0]
+    assert not found.present.any()
 
 
 def scores_of(fabric, parts=3):

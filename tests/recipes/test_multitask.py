@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.optim import SGD
-from torch.utils.data import TensorDataset
-from torchmetrics import MeanSquaredError, MetricCollection
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanSquaredError, MetricCollection, PearsonCorrCoef
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lightning_custom.cli import command_line
@@ -180,6 +180,23 @@ def test_a_loss_that_gives_a_mean_equals_one_that_gives_a_value_a_sample(parts, 
         assert [row[f"train/loss/{task}"] for task in TASKS] == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("method", ["upgrad", "static"])
+def test_losses_may_be_in_another_order_than_the_heads(method, tmp_path):
+    options = {"fixed": {"kind": 1.0, "place": 3.0}} if method == "static" else None
+    parts, rows = (samples()[0], torch.full((SIZE,), MISSING), samples()[2]), []
+    for name, losses in (("one", LOSSES), ("other", dict(reversed(LOSSES.items())))):
+        _, state = train(
+            tmp_path, parts, method=method, method_options=options, losses=losses, val_data=Samples(*samples()),
+            name=name,
+        )  # fmt: skip
+        rows.append([{t: v for t, v in row.items() if "time" not in t} for row in read_rows(tmp_path / name)])
+        last = vector(unwrap(state.trunk).parameters())
+    assert rows[0] == rows[1]
+    assert rows[0][0]["train/loss/kind"] is None
+    before, _ = train(tmp_path, parts, method=method, method_options=options, name="again")
+    assert (vector(before[0].parameters()) - last).norm() > 1e-2
+
+
 def test_a_mask_that_is_ignored_would_be_seen(tmp_path):
     before, state = train(tmp_path, missing(samples()))
     direction, _ = aggregate(UPGrad(), rows_of(before, samples()), generator())
@@ -271,8 +288,10 @@ class CPUHalf(MixedPrecision):
         super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
 
 
-@pytest.mark.parametrize("gradients", ["exact", "features"])
-@pytest.mark.parametrize("method", ["upgrad", "nash-mtl", "gradnorm"])
+@pytest.mark.parametrize(
+    "method, gradients",
+    [("gradnorm", "exact")] + [(method, kind) for method in ("upgrad", "nash-mtl") for kind in ("exact", "features")],
+)
 def test_the_loss_scale_of_16_bit_precision_changes_no_weights(method, gradients, tmp_path):
     inputs, kinds, places = samples()
     found = {}
@@ -332,6 +351,18 @@ def test_scores_are_those_of_torchmetrics_and_delta_m_is_relative_to_the_baselin
     assert expected != 0
 
 
+def test_metrics_are_given_no_batch_without_labels(tmp_path):
+    inputs, kinds, places = (part.repeat(100, *[1] * (part.dim() - 1)) for part in samples())
+    places[600:] = math.nan  # the last of three batches
+    metrics = {"kind": MulticlassAccuracy(3), "place": PearsonCorrCoef()}
+    _, state = train(tmp_path, val_data=Samples(inputs, kinds, places), metrics=metrics)
+    with torch.no_grad():
+        found = unwrap(state.heads["place"])(unwrap(state.trunk)(samples()[0]))
+    expected = torch.corrcoef(torch.stack([found, samples()[2]]))[0, 1]
+    row = read_rows(tmp_path / "run")[-1]
+    assert row["val/PearsonCorrCoef/place"] == pytest.approx(float(expected), rel=1e-4)
+
+
 def test_validation_is_the_same_for_data_sets_apart(tmp_path):
     train(tmp_path, val_data=Samples(*samples()), name="shared")
     train(tmp_path, val_data=apart(*samples()), name="apart")
@@ -389,6 +420,22 @@ def test_a_weighting_of_ones_own_is_used(tmp_path):
         ({"val_data": Samples(*samples()), "best": "val/delta_m"}, "best: 'val/delta_m' is not a score"),
         ({"val_data": Samples(*samples()), "baselines": {"kind": 0.5}}, "baselines: of kind, scores of kind, place"),
         ({"baselines": "nowhere.yaml"}, "nowhere.yaml"),
+        ({"method": "equal", "gradients": "features"}, "gradients: features, but Equal sees losses and no gradients"),
+        ({"method": "equal", "aggregate_every": 2}, "aggregate_every: 2, but Equal sees losses"),
+        ({"method": "equal", "batched_backward": True}, "batched_backward: True, but Equal sees losses"),
+        ({"sampling": "proportional"}, "sampling: proportional, but all tasks share one data set"),
+        ({"own": Equal(TASKS[::-1])}, "method: of tasks place, kind; give those .* order: kind, place"),
+        ({"data": lambda *parts: TensorDataset(*parts)}, r"data: a batch is a list of \(Tensor, Tensor, Tensor\)"),
+        ({"data": lambda *parts: [{"inputs": part} for part in parts[0]]}, "data: a batch of inputs; the heads are of"),
+        ({"val_data": DataLoader(Samples(*samples()))}, "val_data: a DataLoader cannot be indexed; .*its own dataset"),
+        ({"val_data": apart(*samples()) | {"kind": iter([])}}, "val_data: a list_iterator cannot be indexed"),
+        (
+            {
+                "val_data": Samples(*samples()),
+                "metrics": {"kind": MulticlassAccuracy(3, average=None), "place": MeanSquaredError()},
+            },
+            "metrics: MulticlassAccuracy gives 3 numbers",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(settings, message, tmp_path):
@@ -402,9 +449,40 @@ def test_a_trunk_without_parameters_leaves_nothing_to_aggregate(tmp_path):
         train(tmp_path, trunk=nn.Identity())
 
 
-def test_aggregating_at_times_needs_all_tasks_in_a_step():
-    with pytest.raises(ConfigError, match="aggregate_every: 2 needs all tasks"):
-        dataclasses.replace(CONFIG, aggregate_every=2, sampling="ratios")
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"aggregate_every": 2, "sampling": "proportional"}, "aggregate_every: 2 needs all tasks"),
+        ({"temperature": 2.0}, "temperature: 2.0, but sampling is cycle; use sampling temperature"),
+        ({"ratios": {"kind": 1.0}, "sampling": "shortest"}, "ratios: .*, but sampling is shortest"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(CONFIG, **settings)
+
+
+def test_heads_that_share_a_parameter_are_named(tmp_path):
+    for heads, message in (
+        (lambda trunk, heads: {"kind": heads["kind"], "place": heads["kind"]}, "place has a parameter of kind"),
+        (lambda trunk, heads: {**heads, "place": trunk[2]}, "place has a parameter of trunk"),
+    ):
+        trunk, own = networks(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6)))
+        config = dataclasses.replace(CONFIG, run_dir=str(tmp_path))
+        with pytest.raises(ConfigError, match=f"heads: {message}; what is shared belongs into the trunk alone"):
+            multitask.train(
+                single_process("64-true"), config, trunk=trunk, heads=heads(trunk, own), data=Samples(*samples()),
+                losses=LOSSES,
+            )  # fmt: skip
+
+
+def test_an_optimizer_of_parameters_without_groups_follows_the_schedule(tmp_path):
+    def one_group(groups):
+        return SGD([parameter for group in groups for parameter in group["params"]], lr=0.2)
+
+    _, state = train(tmp_path, optimizer=one_group, steps=4, schedule="cosine")
+    (group,) = state.optimizer.param_groups
+    assert group["lr"] == pytest.approx(0.2 * (1 + math.cos(math.pi * 3 / 4)) / 2)
 
 
 SMALL = ("--accelerator", "cpu", "--steps", "4", "--log_every", "2", "--width", "2")
@@ -415,8 +493,13 @@ def program(*words):
 
 
 def test_one_task_alone_is_trained_by_the_same_program(tmp_path, capsys):
-    assert program(*SMALL, "--only", "right", "--method", "equal", "--run_dir", str(tmp_path)) == 0
+    words = (*SMALL, "--only", "right", "--method", "equal", "--run_dir", str(tmp_path))
+    assert program(*words) == 0
     assert "test accuracy: right" in capsys.readouterr().out
+    row = read_rows(tmp_path)[-1]
+    assert row["test/accuracy"] == row["test/accuracy/right"] > 0
+    assert program(*words) == 0
+    assert "was complete already, at step 4" in capsys.readouterr().out
     tags = {tag for row in read_rows(tmp_path) for tag in row}
     assert "val/accuracy/right" in tags
     assert not [tag for tag in tags if "left" in tag]
@@ -425,7 +508,7 @@ def test_one_task_alone_is_trained_by_the_same_program(tmp_path, capsys):
 def test_the_command_line_takes_baselines_and_options_of_methods(tmp_path):
     words = ("--method", "cagrad", "--method_options", "{c: 0.2}", "--baselines", "{left: 0.9, right: 0.8}")
     assert program(*SMALL, *words, "--run_dir", str(tmp_path)) == 0
-    row = read_rows(tmp_path)[-1]
+    (row,) = [row for row in read_rows(tmp_path) if "val/delta_m" in row]
     scores = {task: row[f"val/accuracy/{task}"] for task in ("left", "right")}
     assert row["val/delta_m"] == pytest.approx(delta_m(scores, {"left": 0.9, "right": 0.8}, higher_is_better=True))
 
