@@ -46,7 +46,7 @@ from lightning_custom.distributed import mean_gradients_, take_share
 from lightning_custom.ema import EMA
 from lightning_custom.errors import ConfigError
 from lightning_custom.generation import GenerationScores, score_lines
-from lightning_custom.image_data import ImageData, image_classifier, load_image_data
+from lightning_custom.image_data import ImageData, image_classifier, image_shapes, load_image_data
 from lightning_custom.image_networks import discriminator_network, generator_network
 from lightning_custom.inception import inception_features
 from lightning_custom.launch import launch
@@ -569,13 +569,22 @@ def sample(request: SampleConfig) -> None:
     """Write the file that ``request`` asks for."""
     require_ending(Path(request.out))
     config = config_of_run(GANConfig, request.run_dir)
-    weights = load_module(request.run_dir, request.weights, which=request.which)
-    generator, _ = networks(config, load_data(config))
-    generator.load_state_dict(weights)
+    generator = trained_generator(config, load_module(request.run_dir, request.weights, which=request.which))
     latents, labels, columns = request.inputs(config.latent_size, config.num_classes)
     generate = sampler(generator.eval(), conditional=config.num_classes > 0, device=torch.device("cpu"))
     write_samples(Path(request.out), generate(latents, labels), labels, columns)
     print(f"{len(latents)} samples: {request.out}")
+
+
+def trained_generator(config: GANConfig, weights: dict[str, Any]) -> nn.Module:
+    """The generator with the ``weights`` of a run; the data itself is not needed."""
+    shapes = {name: part.shape for name, part in weights.items()}
+    for shape in image_shapes(config.data, config.image_size):
+        generator = generator_network(config.network, config.latent_size, config.num_classes, shape, config.width)
+        if {name: part.shape for name, part in generator.state_dict().items()} == shapes:
+            generator.load_state_dict(weights)
+            return generator
+    raise ConfigError(f"run_dir: its weights are of no generator for images of {config.data}; check the path")
 
 
 if __name__ == "__main__":

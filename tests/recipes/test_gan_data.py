@@ -1,6 +1,7 @@
 """``recipes.gan`` on every kind of image data, and what it says of the samples."""
 
 import math
+import shutil
 import warnings
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from lightning_custom import generation, image_data
 from lightning_custom.datasets import Images, digits
 from lightning_custom.errors import ConfigError
 from lightning_custom.metrics import read_rows
+from lightning_custom.sampling import SampleConfig
 from lightning_custom.testing import single_process
 from recipes import gan
 
@@ -58,6 +60,13 @@ def test_a_folder_without_subfolders_has_scores_but_none_of_classes(folder, tmp_
 def test_a_number_of_classes_that_the_folder_has_not_is_refused(folder, tmp_path):
     with pytest.raises(ConfigError, match="num_classes: 10; folder has 2, or use 0 for none"):
         gan.main(on_folder(folder, tmp_path, num_classes=10))
+
+
+def test_sample_needs_no_training_data(folder, tmp_path):
+    run_dir = gan.main(on_folder(folder, tmp_path, network="conv"))
+    shutil.rmtree(folder)
+    gan.sample(SampleConfig(run_dir=run_dir, out=str(tmp_path / "samples.npy"), count=3))
+    assert np.load(tmp_path / "samples.npy").shape == (3, 8, 8, 3)
 
 
 def test_a_file_that_cannot_be_read_is_named(folder, tmp_path):
