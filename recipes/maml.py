@@ -458,7 +458,9 @@ def validate(fabric: Fabric, config: MAMLConfig, state: MAMLState, loss: TaskLos
         shown = (0, 1, config.test_steps) if name == "val" else (config.test_steps,)
         pictured["MAML" if name == "val" else name] = (learner(fabric, config, model, rates, loss), shown)
     if isinstance(tasks, Sinusoids):
-        state.metrics.image(state.step, "adaptation", wave_picture(fabric, pictured, tasks))
+        with evaluating(*(model for model, _ in networks.values())), torch.enable_grad():
+            picture = wave_picture(fabric, pictured, tasks)
+        state.metrics.image(state.step, "adaptation", picture)
     return scores
 
 

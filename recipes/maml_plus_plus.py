@@ -36,6 +36,7 @@ from lightning_custom.config import RunConfig, require_at_least, with_run_dir
 from lightning_custom.data import Batches
 from lightning_custom.distributed import mean_gradients_, take_share
 from lightning_custom.errors import ConfigError
+from lightning_custom.evaluation import evaluating
 from lightning_custom.few_shot import (
     Family,
     Learner,
@@ -445,10 +446,11 @@ def evaluate(
 ) -> dict[str, float]:
     """Scores on ``number`` held-out tasks along ``test_steps`` updates of the inner loop."""
     model = over_tasks(fabric, config, state.model)
-    return held_out_scores(
-        fabric, learner(config, model, by_name(state.rates), loss), tasks, number, loss, name,
-        all_at_once=model.together, largest=config.tasks_at_once,
-    )  # fmt: skip
+    with evaluating(state.model), torch.enable_grad():
+        return held_out_scores(
+            fabric, learner(config, model, by_name(state.rates), loss), tasks, number, loss, name,
+            all_at_once=model.together, largest=config.tasks_at_once,
+        )  # fmt: skip
 
 
 def validate(
@@ -457,7 +459,8 @@ def validate(
     """Scores on held-out tasks, and for sinusoids a picture of what is learned of four."""
     if isinstance(tasks, Sinusoids):
         along = learner(config, over_tasks(fabric, config, state.model), by_name(state.rates), loss)
-        picture = wave_picture(fabric, {"MAML++": (along, (0, 1, config.test_steps))}, tasks)
+        with evaluating(state.model), torch.enable_grad():
+            picture = wave_picture(fabric, {"MAML++": (along, (0, 1, config.test_steps))}, tasks)
         state.metrics.image(state.step, "adaptation", picture)
     return evaluate(fabric, config, state, loss, tasks, config.val_tasks, "val")
 

@@ -26,6 +26,7 @@ from lightning_custom.cli import command_line
 from lightning_custom.config import RunConfig, require_at_least, with_run_dir
 from lightning_custom.data import Batches
 from lightning_custom.distributed import mean_gradients_, take_share
+from lightning_custom.evaluation import evaluating
 from lightning_custom.few_shot import (
     Family,
     Learner,
@@ -329,10 +330,11 @@ def evaluate(
 ) -> dict[str, float]:
     """Scores on ``number`` held-out tasks along ``test_steps`` updates of the inner loop."""
     task_model = over_tasks(fabric, config, model)
-    return held_out_scores(
-        fabric, learner(config, task_model, loss), tasks, number, loss, name,
-        all_at_once=task_model.together, largest=config.tasks_at_once, after=about_ten(config.test_steps),
-    )  # fmt: skip
+    with evaluating(model), torch.enable_grad():
+        return held_out_scores(
+            fabric, learner(config, task_model, loss), tasks, number, loss, name,
+            all_at_once=task_model.together, largest=config.tasks_at_once, after=about_ten(config.test_steps),
+        )  # fmt: skip
 
 
 def validate(
@@ -341,7 +343,8 @@ def validate(
     """Scores on held-out tasks, and for sinusoids a picture of what is learned of four."""
     if isinstance(tasks, Sinusoids):
         along = learner(config, over_tasks(fabric, config, state.model), loss)
-        picture = wave_picture(fabric, {"Reptile": (along, (0, 1, config.test_steps))}, tasks)
+        with evaluating(state.model), torch.enable_grad():
+            picture = wave_picture(fabric, {"Reptile": (along, (0, 1, config.test_steps))}, tasks)
         state.metrics.image(state.step, "adaptation", picture)
     return evaluate(fabric, config, state.model, loss, tasks, config.val_tasks, "val")
 
