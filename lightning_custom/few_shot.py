@@ -13,6 +13,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
+from lightning_custom.data import Batches
 from lightning_custom.datasets import omniglot, split_characters
 from lightning_custom.distributed import gather_shares, take_share
 from lightning_custom.errors import ConfigError
@@ -53,6 +54,22 @@ def require_share(fabric: Fabric, share: Sequence[Tensor], meta_batch_size: int)
             f"{fabric.global_rank}, but the iterable yields {len(share[0])} tasks; make them equal"
         )
     return share
+
+
+class ListOfMetaBatches:
+    """A list read from its beginning, where it would count as a dataset to shuffle."""
+
+    def __init__(self, meta_batches: Sequence[Sequence[Tensor]]) -> None:
+        self.meta_batches = meta_batches
+
+    def __iter__(self) -> Iterator[Sequence[Tensor]]:
+        return iter(self.meta_batches)
+
+
+def meta_batches(fabric: Fabric, tasks: Any, *, meta_batch_size: int, seed: int) -> Batches:
+    """Endless meta-batches from an iterable of them, a list too, or from a map-style dataset whose items are tasks."""
+    source = ListOfMetaBatches(tasks) if isinstance(tasks, (list, tuple)) else tasks
+    return Batches(fabric, source, batch_size=meta_batch_size, seed=seed)
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -44,6 +44,7 @@ from lightning_custom.few_shot import (
     held_out_scores,
     load_tasks,
     mean_over_tasks,
+    meta_batches,
     one_after_another,
     print_test,
     require_a_task_each,
@@ -241,7 +242,7 @@ def train(
         joint_optimizer = Adam(joint.parameters(), config.lr, fused=True)
         state.joint, state.joint_optimizer = cast("Any", fabric.setup(joint, joint_optimizer))
     if not callable(tasks):
-        state.batches = Batches(fabric, tasks, batch_size=config.meta_batch_size, seed=config.seed)
+        state.batches = meta_batches(fabric, tasks, meta_batch_size=config.meta_batch_size, seed=config.seed)
 
     task_model = over_tasks(fabric, config, model)
     outer_loss: Any = partial(query_loss, task_model, config, losses)

@@ -47,6 +47,7 @@ from lightning_custom.few_shot import (
     held_out_scores,
     load_tasks,
     mean_over_tasks,
+    meta_batches,
     one_after_another,
     print_test,
     require_a_task_each,
@@ -221,7 +222,7 @@ def train(
         ),
     )
     if not callable(tasks):
-        state.batches = Batches(fabric, tasks, batch_size=config.meta_batch_size, seed=config.seed)
+        state.batches = meta_batches(fabric, tasks, meta_batch_size=config.meta_batch_size, seed=config.seed)
 
     task_model, schedule = over_tasks(fabric, config, model), learning_rate(config)
     outer_losses: dict[bool, Any] = {

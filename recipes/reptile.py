@@ -40,6 +40,7 @@ from lightning_custom.few_shot import (
     inner_product,
     load_tasks,
     mean_over_tasks,
+    meta_batches,
     one_after_another,
     own_copies,
     print_test,
@@ -209,7 +210,7 @@ def train(
         ),
     )
     if not callable(tasks):
-        state.batches = Batches(fabric, tasks, batch_size=config.meta_batch_size, seed=config.seed)
+        state.batches = meta_batches(fabric, tasks, meta_batch_size=config.meta_batch_size, seed=config.seed)
     initial, task_model = trainable(model), over_tasks(fabric, config, model)
     # mean_gradients_ divides the sum over processes by their number.
     weight = fabric.world_size / config.meta_batch_size

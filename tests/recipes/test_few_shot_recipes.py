@@ -3,7 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
+from lightning_custom.data import Batches
 from lightning_custom.task_batching import per_task
 from lightning_custom.tasks import Sinusoids
 from lightning_custom.testing import single_process
@@ -29,6 +31,15 @@ def with_dropout():
     return nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 1))
 
 
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def flat(state):
+    return torch.cat([part.detach().flatten() for part in state.model.parameters()])
+
+
 @every_recipe
 def test_held_out_tasks_are_scored_and_pictured_without_dropout(recipe, tmp_path, monkeypatch):
     config, fabric = config_of(recipe, tmp_path), single_process()
@@ -41,3 +52,50 @@ def test_held_out_tasks_are_scored_and_pictured_without_dropout(recipe, tmp_path
     assert scores[0] == scores[1]
     assert torch.equal(*pictures)
     assert all(part.training for part in state.model.modules())
+
+
+class Iterable:
+    """Anything that can be iterated over again, and nothing more."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items)
+
+
+@every_recipe
+def test_a_list_of_meta_batches_is_read_in_its_order_as_any_iterable_of_them(recipe, tmp_path):
+    drawn = [tuple(WAVES(4, torch.Generator().manual_seed(k))) for k in range(2)]
+    found = []
+    for tasks in (Iterable(drawn), drawn, tuple(drawn)):
+        config = config_of(recipe, tmp_path / str(len(found)), steps=3)
+        found.append(flat(recipe.train(single_process(), config, model=network(), tasks=tasks)))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+class Drawn(Dataset):
+    """Tasks one by one, by their number."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return [part[0] for part in WAVES(1, torch.Generator().manual_seed(index))]
+
+
+@every_recipe
+def test_a_dataset_of_tasks_is_shuffled_and_cut_into_meta_batches(recipe, tmp_path, monkeypatch):
+    seen, next_of = [], Batches.__next__
+
+    def kept(batches):
+        seen.append(next_of(batches))
+        return seen[-1]
+
+    monkeypatch.setattr(Batches, "__next__", kept)
+    recipe.train(single_process(), config_of(recipe, tmp_path, steps=3), model=network(), tasks=Drawn())
+    assert [[tuple(part.shape) for part in batch] for batch in seen] == [
+        [(4, 3, 1), (4, 3, 1), (4, 4, 1), (4, 4, 1)]
+    ] * 3
+    assert len({float(part.sum()) for batch in seen for part in batch[0]}) == 6
