@@ -56,6 +56,17 @@ def require_share(fabric: Fabric, share: Sequence[Tensor], meta_batch_size: int)
     return share
 
 
+def draw_tasks(tasks: Sampler, number: int, generator: torch.Generator) -> Sequence[Tensor]:
+    """``number`` tasks of a sampler; :class:`ConfigError` where it gives another number, as means are over that."""
+    drawn = tasks(number, generator)
+    if len(drawn) != 4:
+        raise ConfigError(f"tasks: {len(drawn)} parts; give support inputs, their targets, query inputs, their targets")
+    sizes = [len(part) for part in drawn]
+    if sizes != [number] * 4:
+        raise ConfigError(f"tasks: parts of {sizes} tasks, where {number} were asked for; give as many as asked for")
+    return drawn
+
+
 class ListOfMetaBatches:
     """A list read from its beginning, where it would count as a dataset to shuffle."""
 
@@ -165,7 +176,7 @@ def held_out_scores(
     rows = []
     for start in range(0, number, _DRAWN_AT_ONCE):
         generator = torch.Generator().manual_seed(hash_seed(start, "held-out tasks"))
-        drawn = tasks(min(_DRAWN_AT_ONCE, number - start), generator)
+        drawn = draw_tasks(tasks, min(_DRAWN_AT_ONCE, number - start), generator)
         own = [take_share(part, fabric) for part in drawn]
         parts = one_after_another(own, all_at_once=all_at_once, largest=largest)
         rows += [_scores_along(learner, loss, after, *part) for part in parts]

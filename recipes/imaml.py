@@ -39,6 +39,7 @@ from lightning_custom.few_shot import (
     about_ten,
     accuracies,
     as_leaves,
+    draw_tasks,
     few_shot_network,
     held_out_scores,
     inner_product,
@@ -216,7 +217,7 @@ def train(
             # The tasks of this step are the same for any number of processes, each of which takes its share.
             share: Sequence[Tensor]
             if state.batches is None:
-                share = [take_share(part, fabric) for part in tasks(config.meta_batch_size, rng.shared)]
+                share = [take_share(part, fabric) for part in draw_tasks(tasks, config.meta_batch_size, rng.shared)]
             else:
                 share = require_share(fabric, next(state.batches), config.meta_batch_size)
 

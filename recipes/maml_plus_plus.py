@@ -43,6 +43,7 @@ from lightning_custom.few_shot import (
     Predict,
     Sampler,
     accuracies,
+    draw_tasks,
     few_shot_network,
     held_out_scores,
     load_tasks,
@@ -246,7 +247,7 @@ def train(
             # The tasks of this step are the same for any number of processes, each of which takes its share.
             share: Sequence[Tensor]
             if state.batches is None:
-                share = [take_share(part, fabric) for part in tasks(config.meta_batch_size, rng.shared)]
+                share = [take_share(part, fabric) for part in draw_tasks(tasks, config.meta_batch_size, rng.shared)]
             else:
                 share = require_share(fabric, next(state.batches), config.meta_batch_size)
 

@@ -35,6 +35,7 @@ from lightning_custom.few_shot import (
     Statistics,
     about_ten,
     as_leaves,
+    draw_tasks,
     few_shot_network,
     held_out_scores,
     inner_product,
@@ -228,7 +229,7 @@ def train(
             # The tasks of this step, and the order of their samples, are the same for any number of processes.
             share: Sequence[Tensor]
             if state.batches is None:
-                share = [take_share(part, fabric) for part in tasks(config.meta_batch_size, rng.shared)]
+                share = [take_share(part, fabric) for part in draw_tasks(tasks, config.meta_batch_size, rng.shared)]
             else:
                 share = require_share(fabric, next(state.batches), config.meta_batch_size)
             inputs, targets = torch.cat([share[0], share[2]], 1), torch.cat([share[1], share[3]], 1)

@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lightning_custom.data import Batches
+from lightning_custom.errors import ConfigError
 from lightning_custom.task_batching import per_task
 from lightning_custom.tasks import Sinusoids
 from lightning_custom.testing import single_process
@@ -99,3 +100,19 @@ def test_a_dataset_of_tasks_is_shuffled_and_cut_into_meta_batches(recipe, tmp_pa
         [(4, 3, 1), (4, 3, 1), (4, 4, 1), (4, 4, 1)]
     ] * 3
     assert len({float(part.sum()) for batch in seen for part in batch[0]}) == 6
+
+
+@every_recipe
+@pytest.mark.parametrize(
+    "sampler, message",
+    [
+        (lambda number, generator: WAVES(3, generator), r"^tasks: parts of \[3, 3, 3, 3\] tasks, where 4 were asked"),
+        (lambda number, generator: WAVES(number, generator)[:2], r"^tasks: 2 parts; give support inputs, their targets"),
+    ],
+)
+def test_a_sampler_that_gives_other_tasks_than_asked_for_is_refused(recipe, sampler, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        recipe.train(single_process(), config_of(recipe, tmp_path / "train"), model=network(), tasks=sampler)
+    config = config_of(recipe, tmp_path / "val", steps=1)
+    with pytest.raises(ConfigError, match=message):
+        recipe.train(single_process(), config, model=network(), tasks=WAVES.__call__, val_tasks=sampler)
