@@ -150,9 +150,16 @@ def mean_over_tasks(found: Sequence[Mapping[str, Tensor]], number: int) -> dict[
     return {tag: torch.stack([sums[tag] for sums in found]).sum() / number for tag in found[0]}
 
 
+def are_classes(outputs: Tensor, targets: Tensor) -> bool:
+    """Whether ``targets [T, K, ...]`` are classes and ``outputs [T, K, C, ...]`` their scores, as in cross-entropy."""
+    if targets.is_floating_point() or outputs.dim() < 3 or outputs.shape[2] < 2:
+        return False
+    return (*outputs.shape[:2], *outputs.shape[3:]) == targets.shape
+
+
 def accuracies(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The share of samples of each task that is classified right, ``[T]``."""
-    return (outputs.argmax(-1) == targets).float().mean(1)
+    """The share of each task's targets that is classified right, ``[T]``."""
+    return (outputs.argmax(2) == targets).float().flatten(1).mean(1)
 
 
 def held_out_scores(
@@ -212,7 +219,7 @@ def _scores_along(learner: Learner, loss: TaskLoss, after: Collection[int] | Non
         with torch.no_grad():
             outputs = predict(query_inputs)
             scores = [loss(outputs, query_targets).float()]
-            if not query_targets.is_floating_point():
+            if are_classes(outputs, query_targets):
                 scores.append(accuracies(outputs, query_targets))
         columns.append(torch.stack(scores, 1))
     return torch.stack(columns, 2)

@@ -161,5 +161,6 @@ def _mean_squared_errors(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _cross_entropies(outputs: Tensor, targets: Tensor) -> Tensor:
-    losses = cross_entropy(outputs.flatten(0, 1), targets.flatten(0, 1), reduction="none")
+    # Of the integers torch takes int64 and uint8 alone.
+    losses = cross_entropy(outputs.flatten(0, 1), targets.flatten(0, 1).long(), reduction="none")
     return losses.view(len(outputs), -1).mean(1)

@@ -38,6 +38,7 @@ from lightning_custom.few_shot import (
     Statistics,
     about_ten,
     accuracies,
+    are_classes,
     as_leaves,
     draw_tasks,
     few_shot_network,
@@ -316,7 +317,7 @@ def implicit_gradient(
         "cg/residual": (left / right.norm(dim=1)).nan_to_num().sum(),
         "inner/gradient_norm": (slope + config.proximal * moved).norm(dim=1).sum(),
     }
-    if not query_targets.is_floating_point():
+    if are_classes(outputs, query_targets):
         sums["accuracy/query"] = accuracies(outputs, query_targets).sum()
     total = as_parts(solved.sum(0, keepdim=True), [part[:1] for part in leaves.values()])
     return {name: part[0] for name, part in zip(leaves, total, strict=True)}, sums

@@ -40,6 +40,7 @@ from lightning_custom.few_shot import (
     Predict,
     Sampler,
     accuracies,
+    are_classes,
     draw_tasks,
     few_shot_network,
     held_out_scores,
@@ -316,7 +317,7 @@ def query_loss(
     outputs = query_outputs(model, config, adapted, support_inputs, query_inputs)
     total = loss(outputs, query_targets).sum()
     sums = {"loss/query": total.detach()}
-    if not query_targets.is_floating_point():
+    if are_classes(outputs, query_targets):
         sums["accuracy/query"] = accuracies(outputs, query_targets).sum()
     return total, sums
 

@@ -43,6 +43,7 @@ from lightning_custom.few_shot import (
     Predict,
     Sampler,
     accuracies,
+    are_classes,
     draw_tasks,
     few_shot_network,
     held_out_scores,
@@ -335,7 +336,7 @@ def outer_loss(
             query_losses.append(loss(outputs, query_targets).sum())
     total = (weights * torch.stack(query_losses)).sum()
     sums = {"loss/query": query_losses[-1].detach(), "loss/outer": total.detach()}
-    if not query_targets.is_floating_point():
+    if are_classes(outputs, query_targets):
         sums["accuracy/query"] = accuracies(outputs, query_targets).sum()
     return total, sums
 

@@ -11,6 +11,7 @@ from torch.nn.functional import mse_loss
 from lightning_custom.errors import ConfigError
 from lightning_custom.few_shot import (
     accuracies,
+    are_classes,
     as_leaves,
     few_shot_network,
     held_out_scores,
@@ -154,6 +155,30 @@ def test_three_processes_with_uneven_shares_or_none_find_the_scores_of_one():
 def test_accuracies_are_those_of_each_task():
     outputs = torch.tensor([[[2.0, 1.0], [0.0, 3.0]], [[1.0, 0.0], [1.0, 0.0]]])
     assert accuracies(outputs, torch.tensor([[0, 0], [0, 0]])).tolist() == [0.5, 1.0]
+
+
+def test_accuracies_are_over_all_targets_of_a_task_where_a_sample_has_several():
+    outputs = torch.randn(2, 3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    targets = torch.randint(4, (2, 3, 5, 6), generator=torch.Generator().manual_seed(1))
+    expected = [float((outputs[task].argmax(1) == targets[task]).double().mean()) for task in range(2)]
+    assert are_classes(outputs, targets)
+    assert accuracies(outputs, targets).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "outputs, targets, dtype, expected",
+    [
+        ((2, 3, 5), (2, 3), torch.int64, True),
+        ((2, 3, 5), (2, 3), torch.uint8, True),
+        ((2, 3, 5), (2, 3, 5), torch.float32, False),
+        ((2, 3, 1), (2, 3, 1), torch.int64, False),  # counts, whose loss is the user's
+        ((2, 3, 1), (2, 3), torch.int64, False),  # two classes by one logit
+        ((2, 3), (2, 3), torch.bool, False),
+        ((2, 3, 5, 4), (2, 3, 5), torch.int64, False),
+    ],
+)
+def test_targets_are_classes_where_outputs_have_a_score_of_each(outputs, targets, dtype, expected):
+    assert are_classes(torch.zeros(outputs), torch.zeros(targets, dtype=dtype)) is expected
 
 
 def test_lines_name_the_learner_the_interval_and_what_was_found_after_0_1_and_all_updates():

@@ -195,6 +195,13 @@ def test_losses_of_classes_are_each_tasks_own(loss):
     torch.testing.assert_close(per_task(loss)(outputs, targets), torch.stack(expected))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bool])
+def test_classes_may_be_of_any_integers(dtype):
+    outputs = torch.randn(TASKS, SAMPLES, 2, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(TASKS * SAMPLES).view(TASKS, SAMPLES) % 2
+    torch.testing.assert_close(per_task(None)(outputs, targets.to(dtype)), per_task(None)(outputs, targets))
+
+
 def test_targets_of_another_shape_than_the_outputs_are_refused_and_not_broadcast():
     with pytest.raises(ConfigError, match=r"targets: shape \(1, 5\), but the model's outputs have \(1, 5, 1\)"):
         per_task(None)(torch.zeros(1, 5, 1), torch.zeros(1, 5))

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits, poisson_nll_loss
 from torch.utils.data import Dataset
 
 from lightning_custom.data import Batches
 from lightning_custom.errors import ConfigError
+from lightning_custom.metrics import read_rows
 from lightning_custom.task_batching import per_task
 from lightning_custom.tasks import Sinusoids
 from lightning_custom.testing import single_process
@@ -107,7 +109,7 @@ def test_a_dataset_of_tasks_is_shuffled_and_cut_into_meta_batches(recipe, tmp_pa
     "sampler, message",
     [
         (lambda number, generator: WAVES(3, generator), r"^tasks: parts of \[3, 3, 3, 3\] tasks, where 4 were asked"),
-        (lambda number, generator: WAVES(number, generator)[:2], r"^tasks: 2 parts; give support inputs, their targets"),
+        (lambda number, generator: WAVES(number, generator)[:2], r"^tasks: 2 parts; give support inputs"),
     ],
 )
 def test_a_sampler_that_gives_other_tasks_than_asked_for_is_refused(recipe, sampler, message, tmp_path):
@@ -116,3 +118,35 @@ def test_a_sampler_that_gives_other_tasks_than_asked_for_is_refused(recipe, samp
     config = config_of(recipe, tmp_path / "val", steps=1)
     with pytest.raises(ConfigError, match=message):
         recipe.train(single_process(), config, model=network(), tasks=WAVES.__call__, val_tasks=sampler)
+
+
+def counts(number, generator):
+    """A rate that grows with the input, faster in some tasks, and how often something was seen: whole numbers."""
+    slopes = torch.rand(number, 1, 1, generator=generator)
+    points = torch.rand(number, 7, 1, generator=generator)
+    seen = torch.poisson((slopes * points).exp(), generator=generator).long()
+    return points[:, :3], seen[:, :3], points[:, 3:], seen[:, 3:]
+
+
+def sides(number, generator):
+    """Which of two sides of a threshold a point is on."""
+    threshold = torch.rand(number, 1, generator=generator)
+    points = torch.rand(number, 7, generator=generator)
+    labels = (points > threshold).long()
+    return points[:, :3, None], labels[:, :3], points[:, 3:, None], labels[:, 3:]
+
+
+OWN = {
+    "counts": (counts, lambda outputs, targets: poisson_nll_loss(outputs, targets)),
+    "one logit": (sides, lambda outputs, targets: binary_cross_entropy_with_logits(outputs[:, 0], targets.float())),
+}
+
+
+@every_recipe
+@pytest.mark.parametrize("name", OWN)
+def test_whole_numbers_that_are_not_classes_of_the_outputs_have_a_loss_and_no_accuracy(recipe, name, tmp_path):
+    tasks, loss = OWN[name]
+    recipe.train(single_process(), config_of(recipe, tmp_path), model=network(), tasks=tasks, loss=loss)
+    rows = read_rows(tmp_path)
+    assert any("val/loss" in row for row in rows)
+    assert not any("accuracy" in tag for row in rows for tag in row)
