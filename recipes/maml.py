@@ -53,6 +53,7 @@ from lightning_custom.few_shot import (
     require_share,
     score_lines,
     wave_picture,
+    with_parameters,
 )
 from lightning_custom.inner_optimizers import INNER_OPTIMIZERS, LearnedRates, Memory, Parameters, clip_each_task
 from lightning_custom.launch import launch
@@ -508,23 +509,20 @@ def adapt(
 ) -> nn.Module:
     """A copy of ``model`` that has learned one task: inputs ``[K, ...]`` and targets ``[K, ...]`` of its support set.
 
-    ``steps`` is the config's ``test_steps`` by default. With :func:`load`:
+    ``model`` may be the state's, and is left as it is. ``steps`` is the config's ``test_steps`` by default. With
+    :func:`load`:
 
         model, settings = load("runs/maml/first")
         adapted = adapt(model, (inputs, targets), **settings)
     """
-    adapted_model = copy.deepcopy(model)
-    task_model = TaskModel(Bare(adapted_model, Precision()), together=False)
-    initial, inner_rates = initial_of(adapted_model), by_name(rates)
+    model = unwrap(model)
+    task_model, losses = TaskModel(Bare(model, Precision()), together=False), per_task(loss)
+    initial, inner_rates = initial_of(model), by_name(rates)
     inputs, targets = (part.unsqueeze(0) for part in support)
     number = config.test_steps if steps is None else steps
-    losses = per_task(loss)
     with torch.enable_grad():
         *_, adapted = inner_loop(task_model, config, losses, initial, inner_rates, inputs, targets, steps=number)
-    with torch.no_grad():
-        for name, parameter in initial.items():
-            parameter.copy_(adapted[name].reshape(parameter.shape))
-    return adapted_model
+    return with_parameters(model, adapted)
 
 
 def load(run_dir: str, *, which: Literal["best", "last"] = "best") -> tuple[nn.Module, dict[str, Any]]:

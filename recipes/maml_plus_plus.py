@@ -479,18 +479,21 @@ def adapt(
 ) -> nn.Module:
     """A copy of ``model`` that has learned one task: inputs ``[K, ...]`` and targets ``[K, ...]`` of its support set.
 
-    ``steps`` is the config's ``test_steps`` by default. With :func:`load`:
+    ``model`` may be the state's, and is left as it is. ``steps`` is the config's ``test_steps`` by default. With
+    :func:`load`:
 
         model, settings = load("runs/maml_plus_plus/first")
         adapted = adapt(model, (inputs, targets), **settings)
     """
-    task_model = TaskModel(Bare(model, Precision()), together=False)
+    model = unwrap(model)
+    task_model, losses = TaskModel(Bare(model, Precision()), together=False), per_task(loss)
     inputs, targets = (part.unsqueeze(0) for part in support)
-    number, losses = config.test_steps if steps is None else steps, per_task(loss)
-    *_, adapted = inner_loop(
-        task_model, config, losses, initial_of(model), by_name(rates), inputs, targets,
-        steps=number, statistics=config.statistics,
-    )  # fmt: skip
+    number = config.test_steps if steps is None else steps
+    with torch.enable_grad():
+        *_, adapted = inner_loop(
+            task_model, config, losses, initial_of(model), by_name(rates), inputs, targets,
+            steps=number, statistics=config.statistics,
+        )  # fmt: skip
     adapted_model = with_parameters(model, adapted)
     set_inner_step_(adapted_model, max(number - 1, 0), config.statistics)
     return adapted_model

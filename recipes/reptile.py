@@ -292,7 +292,7 @@ def inner_loop(
         leaves = as_leaves(adapted)
         with torch.enable_grad():
             losses = loss(model(inputs[task, samples], leaves), targets[task, samples])
-        found = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+            found = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
         gradients = dict(zip(leaves, found, strict=True))
         with torch.no_grad():
             adapted, memory = optimizer(adapted, gradients, config.inner_lr, memory)
@@ -332,7 +332,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Scores on ``number`` held-out tasks along ``test_steps`` updates of the inner loop."""
     task_model = over_tasks(fabric, config, model)
-    with evaluating(model), torch.enable_grad():
+    with evaluating(model):
         return held_out_scores(
             fabric, learner(config, task_model, loss), tasks, number, loss, name,
             all_at_once=task_model.together, largest=config.tasks_at_once, after=about_ten(config.test_steps),
@@ -345,7 +345,7 @@ def validate(
     """Scores on held-out tasks, and for sinusoids a picture of what is learned of four."""
     if isinstance(tasks, Sinusoids):
         along = learner(config, over_tasks(fabric, config, state.model), loss)
-        with evaluating(state.model), torch.enable_grad():
+        with evaluating(state.model):
             picture = wave_picture(fabric, {"Reptile": (along, (0, 1, config.test_steps))}, tasks)
         state.metrics.image(state.step, "adaptation", picture)
     return evaluate(fabric, config, state.model, loss, tasks, config.val_tasks, "val")
@@ -361,11 +361,13 @@ def adapt(
 ) -> nn.Module:
     """A copy of ``model`` that has learned one task: inputs ``[K, ...]`` and targets ``[K, ...]`` of its support set.
 
-    ``steps`` is the config's ``test_steps`` by default. With :func:`load`:
+    ``model`` may be the state's, and is left as it is. ``steps`` is the config's ``test_steps`` by default. With
+    :func:`load`:
 
         model, settings = load("runs/reptile/first")
         adapted = adapt(model, (inputs, targets), **settings)
     """
+    model = unwrap(model)
     task_model = TaskModel(Bare(model, Precision()), together=False)
     inputs, targets = (part.unsqueeze(0) for part in support)
     order = test_order(config, inputs.shape[1], config.test_steps if steps is None else steps).to(inputs.device)

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from lightning_custom.data import Batches
 from lightning_custom.errors import ConfigError
 from lightning_custom.metrics import read_rows
+from lightning_custom.precision import unwrap
 from lightning_custom.task_batching import per_task
 from lightning_custom.tasks import Sinusoids
 from lightning_custom.testing import single_process
@@ -150,3 +151,16 @@ def test_whole_numbers_that_are_not_classes_of_the_outputs_have_a_loss_and_no_ac
     rows = read_rows(tmp_path)
     assert any("val/loss" in row for row in rows)
     assert not any("accuracy" in tag for row in rows for tag in row)
+
+
+@every_recipe
+def test_the_network_of_a_state_is_adapted_as_it_is_and_without_a_graph_around(recipe, tmp_path):
+    config = config_of(recipe, tmp_path)
+    state = recipe.train(single_process(), config, model=network(), tasks=WAVES.__call__)
+    rates = {"rates": state.rates} if hasattr(state, "rates") else {}
+    inputs, targets, queries, _ = (part[0] for part in WAVES(1, torch.Generator().manual_seed(0)))
+    expected = recipe.adapt(unwrap(state.model), (inputs, targets), config=config, **rates)
+    with torch.no_grad():  # as at prediction time
+        adapted = recipe.adapt(state.model, (inputs, targets), config=config, **rates)
+        assert torch.equal(adapted(queries), expected(queries))
+        assert not torch.equal(adapted(queries), state.model(queries))
