@@ -39,6 +39,7 @@ from lightning_custom.few_shot import (
     Learner,
     Predict,
     Sampler,
+    Statistics,
     accuracies,
     are_classes,
     draw_tasks,
@@ -49,6 +50,7 @@ from lightning_custom.few_shot import (
     meta_batches,
     one_after_another,
     print_test,
+    query_outputs,
     require_a_task_each,
     require_share,
     score_lines,
@@ -64,7 +66,7 @@ from lightning_custom.precision import Bare, bare, refuse_loss_scale, unwrap
 from lightning_custom.progress import Progress
 from lightning_custom.run import config_of_run
 from lightning_custom.task_batching import TaskLoss, TaskModel, per_task
-from lightning_custom.task_norm import require_safe_norms, statistics_from
+from lightning_custom.task_norm import require_safe_norms
 from lightning_custom.tasks import Sinusoids
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -107,7 +109,7 @@ class MAMLConfig(RunConfig):
     """Start each task's last layer from the class means of its support features (ProtoMAML)."""
     frozen: tuple[str, ...] = ()
     """Beginnings of the names of parameters that neither loop changes."""
-    batch_statistics: Literal["query", "support", "both"] = "query"
+    batch_statistics: Statistics = "query"
     """Samples whose statistics normalise the query set, in networks with batch normalisation."""
     task_batching: Literal["auto", "vmap", "loop"] = "auto"
     """Tasks at once, or one after another; auto is the latter for exact_reduction, and for 16 images on a CPU."""
@@ -315,7 +317,7 @@ def query_loss(
         model, config, loss, initial, rates, support_inputs, support_targets,
         steps=config.inner_steps, second_order=not config.first_order,
     )  # fmt: skip
-    outputs = query_outputs(model, config, adapted, support_inputs, query_inputs)
+    outputs = query_outputs(model, adapted, support_inputs, query_inputs, config.batch_statistics)
     total = loss(outputs, query_targets).sum()
     sums = {"loss/query": total.detach()}
     if are_classes(outputs, query_targets):
@@ -391,17 +393,6 @@ def prototype_head(model: TaskModel, initial: Parameters, inputs: Tensor, target
     means = members.mT @ features / members.sum(1).unsqueeze(-1)
     means = means.to(weight.dtype)
     return {f"{prefix}weight": 2 * means, f"{prefix}bias": -means.square().sum(-1)}
-
-
-def query_outputs(
-    model: TaskModel, config: MAMLConfig, parameters: Parameters, support_inputs: Tensor, query_inputs: Tensor
-) -> Tensor:
-    """Outputs for the query set, normalised by the statistics of the samples that the config names."""
-    if config.batch_statistics == "query":
-        return model(query_inputs, parameters)
-    size = support_inputs.shape[1]
-    with statistics_from(model.module, size if config.batch_statistics == "support" else None):
-        return model(torch.cat([support_inputs, query_inputs], 1), parameters)[:, size:]
 
 
 def learned_rates(config: MAMLConfig, module: nn.Module) -> nn.Module | None:
@@ -493,7 +484,7 @@ def learner(fabric: Fabric, config: MAMLConfig, model: nn.Module, rates: nn.Modu
     def along(inputs: Tensor, targets: Tensor) -> Iterator[Predict]:
         steps = config.test_steps
         for adapted in inner_loop(task_model, config, loss, initial, inner_rates, inputs, targets, steps=steps):
-            yield partial(query_outputs, task_model, config, adapted, inputs)
+            yield partial(query_outputs, task_model, adapted, inputs, statistics=config.batch_statistics)
 
     return along
 
