@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from lightning_custom.distributed import sum_over_processes
 from lightning_custom.errors import ConfigError
@@ -80,9 +80,15 @@ def statistics_from(model: nn.Module, n: int | None) -> Iterator[None]:
             logits = functional_call(model, adapted, (torch.cat([support, query]),))[len(support) :]
 
     The published figures of MAML are transductive: all query samples of a task share their statistics, None here.
+    :class:`ConfigError` for an n beside torch's own layers that take the statistics of all samples.
     """
     if n is not None and n < 1:
         raise ConfigError(f"statistics_from: {n}; give the number of support samples, or None for all at hand")
+    if n is not None and (others := _of_all_samples(model)):
+        raise ConfigError(
+            f"batch_statistics: support, but {', '.join(others)} can only take those of all samples; call "
+            "with_batch_statistics(model)"
+        )
     layers = [layer for layer in model.modules() if isinstance(layer, BatchStatisticsNorm)]
     before = [layer.statistics_from for layer in layers]
     try:
@@ -92,6 +98,14 @@ def statistics_from(model: nn.Module, n: int | None) -> Iterator[None]:
     finally:
         for layer, value in zip(layers, before, strict=True):
             layer.statistics_from = value
+
+
+def _of_all_samples(model: nn.Module) -> list[str]:
+    return [
+        f"{name or 'the model itself'} ({type(layer).__name__})"
+        for name, layer in model.named_modules()
+        if isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None)
+    ]
 
 
 def unsafe_norms(model: nn.Module) -> list[str]:

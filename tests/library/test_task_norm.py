@@ -252,6 +252,24 @@ def test_what_has_no_statistics_is_refused():
         pass
 
 
+def test_statistics_of_the_first_samples_are_refused_beside_layers_that_would_take_those_of_all():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False), BatchStatisticsNorm(2))
+    for training in (True, False):
+        with (
+            pytest.raises(ConfigError, match=r"^batch_statistics: support, but 1 \(BatchNorm1d\) can only take those"),
+            statistics_from(model.train(training), 3),
+        ):
+            pass
+    with statistics_from(model, None):
+        pass
+    for allowed in (nn.BatchNorm1d(2).eval(), nn.InstanceNorm1d(2), nn.GroupNorm(1, 2)):
+        with statistics_from(nn.Sequential(allowed, BatchStatisticsNorm(2)), 3):
+            pass
+    with statistics_from(with_batch_statistics(model), 3):
+        inputs = numbers(5, 2, dtype=torch.float32)
+        assert torch.equal(model(inputs)[:3], model(torch.cat([inputs[:3], inputs[4:] + 9]))[:3])
+
+
 # A set of parameters and statistics for each inner step
 
 
