@@ -375,22 +375,28 @@ def starting_point(
     number = len(inputs)
     adapted = {name: initial[name].expand(number, *initial[name].shape) for name in adapted_by(config, model.module)}
     if config.proto_head:
-        adapted |= prototype_head(model, initial, inputs, targets, config.ways)
+        adapted |= prototype_head(model, initial, inputs, targets)
     return adapted
 
 
-def prototype_head(model: TaskModel, initial: Parameters, inputs: Tensor, targets: Tensor, ways: int) -> Parameters:
-    """A last layer for each task, from class means c: weights 2c, bias -|c|^2 (Triantafillou et al. 2020)."""
+def prototype_head(model: TaskModel, initial: Parameters, inputs: Tensor, targets: Tensor) -> Parameters:
+    """A last layer for each task, from class means c: weights 2c, bias -|c|^2 (Triantafillou et al. 2020).
+
+    A class of which the support set has no sample begins at zero.
+    """
     if targets.is_floating_point():
         raise ConfigError("proto_head: targets are numbers; it needs classes, leave it out for regression")
     prefix = head_of(model.module)
+    head = model.module.get_submodule(prefix.removesuffix("."))
+    if not isinstance(head, nn.Linear) or head.bias is None:
+        raise ConfigError(f"proto_head: the last layer is a {type(head).__name__}; make it an nn.Linear with a bias")
     weight = initial[f"{prefix}weight"]
     # With the identity as its last layer, the network's outputs are its features.
     identity = {f"{prefix}weight": torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)}
     identity[f"{prefix}bias"] = torch.zeros_like(identity[f"{prefix}weight"][0])
     features = model(inputs, {**initial, **identity})
-    members = one_hot(targets, ways).to(features.dtype)  # [T, K, W]
-    means = members.mT @ features / members.sum(1).unsqueeze(-1)
+    members = one_hot(targets.long(), len(weight)).to(features.dtype)  # [T, K, W]
+    means = members.mT @ features / members.sum(1).clamp(min=1).unsqueeze(-1)
     means = means.to(weight.dtype)
     return {f"{prefix}weight": 2 * means, f"{prefix}bias": -means.square().sum(-1)}
 

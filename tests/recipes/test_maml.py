@@ -6,6 +6,7 @@ import json
 import runpy
 import sys
 import warnings
+from collections import OrderedDict
 from functools import partial
 
 import pytest
@@ -505,6 +506,34 @@ def test_prototypes_are_the_class_means_of_the_supports_features():
         distances = torch.cdist(of_queries, means).square()
         # Up to a number for each query, which a softmax takes away (Snell et al. 2017, eq. 8).
         torch.testing.assert_close(logits.softmax(1), (-distances).softmax(1), rtol=1e-8, atol=1e-10)
+
+
+def of_two_layers(classes):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.Tanh(), nn.Linear(6, classes))
+
+
+def test_there_are_as_many_prototypes_as_the_model_has_outputs(tmp_path):
+    # The setting is of the tasks that the command line builds, and these are of three classes.
+    train(single_process(), tmp_path, model=of_two_layers(3), tasks=image_tasks(), proto_head=True, steps=2)
+    assert read_rows(tmp_path)[-1]["val/loss"] < 10
+
+
+def test_a_class_that_the_support_lacks_begins_at_zero():
+    inputs, targets = image_tasks()(2, torch.Generator().manual_seed(0))[:2]
+    module, config = of_two_layers(5), dataclasses.replace(SMALL, proto_head=True)
+    model = TaskModel(Bare(module, Precision()), together=True)
+    start = maml.starting_point(model, config, maml.initial_of(module), inputs, targets.to(torch.uint8))
+    for part in (start["3.weight"], start["3.bias"]):
+        assert (part[:, :3].detach().abs().flatten(1).amin(1) > 0).all()
+        assert (part[:, 3:] == 0).all()
+
+
+@pytest.mark.parametrize("head", [nn.Linear(6, 3, bias=False), nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))])
+def test_prototypes_of_a_model_without_a_last_layer_to_begin_with_are_refused(head, tmp_path):
+    model = nn.Sequential(OrderedDict(flat=nn.Flatten(), trunk=nn.Linear(64, 6), head=head))
+    with pytest.raises(ConfigError, match=r"^proto_head: the last layer is a \w+; make it an nn\.Linear with"):
+        train(single_process(), tmp_path, model=model, tasks=image_tasks(), proto_head=True)
 
 
 # Compiled
