@@ -139,7 +139,8 @@ def per_task(loss: Callable[[Tensor, Tensor], Tensor] | None) -> TaskLoss:
     """``loss(outputs [K, ...], targets [K, ...]) -> mean`` of one task, as a loss of several: ``[T, K, ...] -> [T]``.
 
     None is cross-entropy where targets are classes, and the mean squared error elsewhere. That, and torch's
-    ``mse_loss`` and ``cross_entropy`` by themselves, are computed for all tasks at once, others under vmap.
+    ``mse_loss`` and ``cross_entropy`` by themselves, are computed for all tasks at once, others under vmap, or a task
+    after another where vmap cannot. :class:`ConfigError` for a loss that is not one number of a task.
     """
     if loss is None:
         return lambda outputs, targets: (_mean_squared_errors if targets.is_floating_point() else _cross_entropies)(
@@ -149,7 +150,26 @@ def per_task(loss: Callable[[Tensor, Tensor], Tensor] | None) -> TaskLoss:
         return _mean_squared_errors
     if loss is cross_entropy:
         return _cross_entropies
-    return vmap(loss, randomness="different")
+    of_several = vmap(loss, randomness="different")
+
+    def losses(outputs: Tensor, targets: Tensor) -> Tensor:
+        try:
+            found: Tensor = of_several(outputs, targets)
+        except RuntimeError as error:
+            if not _is_of_vmap(error):
+                raise
+            # Such as a loss that leaves samples out by a mask.
+            found = torch.stack([loss(*task) for task in zip(outputs, targets, strict=True)])
+        if found.dim() > 1:
+            raise ConfigError(f"loss: shape {tuple(found.shape[1:])} of a task; give the mean over its samples")
+        return found
+
+    return losses
+
+
+def _is_of_vmap(error: RuntimeError) -> bool:
+    """Whether vmap cannot do an operation, or a look at values, that is right without it."""
+    return "vmap" in str(error) or "Batching rule" in str(error)
 
 
 def _mean_squared_errors(outputs: Tensor, targets: Tensor) -> Tensor:

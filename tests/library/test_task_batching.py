@@ -202,6 +202,43 @@ def test_classes_may_be_of_any_integers(dtype):
     torch.testing.assert_close(per_task(None)(outputs, targets.to(dtype)), per_task(None)(outputs, targets))
 
 
+def of_known(outputs, targets):
+    known = ~targets.isnan()
+    return (outputs - targets)[known].square().mean()
+
+
+def of_close(outputs, targets):
+    distance = (outputs - targets).square().mean()
+    return distance if distance.item() < 2 else distance.log()
+
+
+@pytest.mark.parametrize("loss", [of_known, of_close])
+def test_a_loss_may_look_at_values_though_vmap_may_not(loss):
+    outputs, targets = torch.randn(2, TASKS, SAMPLES, 2, generator=torch.Generator().manual_seed(0)).unbind()
+    if loss is of_known:
+        targets[0, 2] = targets[1, 3:] = torch.nan
+    expected = torch.stack([loss(*task) for task in zip(outputs, targets, strict=True)])
+    torch.testing.assert_close(per_task(loss)(outputs, targets), expected)
+
+
+def test_an_error_of_the_loss_itself_is_not_taken_for_vmaps():
+    def wrong(outputs, targets):
+        calls.append(outputs)
+        return (outputs @ targets).mean()
+
+    calls = []
+    with pytest.raises(RuntimeError, match="size mismatch|shapes cannot be multiplied|must match"):
+        per_task(wrong)(torch.zeros(TASKS, 2, 3), torch.zeros(TASKS, 2, 3))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("tasks", [1, TASKS])
+def test_a_loss_of_each_sample_is_refused_and_not_summed(tasks):
+    outputs = torch.zeros(tasks, SAMPLES, 2)
+    with pytest.raises(ConfigError, match=r"^loss: shape \(5, 2\) of a task; give the mean over its samples$"):
+        per_task(nn.MSELoss(reduction="none"))(outputs, outputs)
+
+
 def test_targets_of_another_shape_than_the_outputs_are_refused_and_not_broadcast():
     with pytest.raises(ConfigError, match=r"targets: shape \(1, 5\), but the model's outputs have \(1, 5, 1\)"):
         per_task(None)(torch.zeros(1, 5, 1), torch.zeros(1, 5))
