@@ -425,7 +425,10 @@ def adapted_by(config: MAMLConfig, module: nn.Module) -> list[str]:
     if config.adapt == "all":
         return names
     head = head_of(module)
-    return [name for name in names if name.startswith(head) == (config.adapt == "head")]
+    chosen = [name for name in names if name.startswith(head) == (config.adapt == "head")]
+    if not chosen:
+        raise ConfigError(f"adapt: {config.adapt}, but the model has no parameters there, or they are frozen; use all")
+    return chosen
 
 
 def over_tasks(fabric: Fabric, config: MAMLConfig, model: nn.Module) -> TaskModel:

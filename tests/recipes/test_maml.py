@@ -323,6 +323,12 @@ def test_a_head_alone_is_adapted_where_the_config_says_so(support):
     assert changed == ["4.weight", "4.bias"]
 
 
+@pytest.mark.parametrize("adapt, frozen", [("head", ("4.",)), ("body", ("0.", "2."))])
+def test_an_inner_loop_with_nothing_to_change_is_refused(adapt, frozen, tmp_path):
+    with pytest.raises(ConfigError, match=f"^adapt: {adapt}, but the model has no parameters there, or they are"):
+        train(single_process(), tmp_path, adapt=adapt, frozen=frozen)
+
+
 def test_two_lines_adapt_the_network_of_a_run(finished, support):
     run_dir, inputs, targets, queries = str(finished[0]), *support
     model, settings = maml.load(run_dir)
