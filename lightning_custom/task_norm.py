@@ -243,8 +243,8 @@ class _Collect(torch.autograd.Function):
 def with_per_step_norm(model: nn.Module, num_steps: int) -> nn.Module:
     """Replace batch normalisation of any kind by :class:`PerStepNorm`, in place, and return the model.
 
-    Every step starts from the weight and bias that the layer had. Where the model itself is such a layer its
-    replacement is returned. A layer that is per step already stays.
+    Every step starts from the weight and bias that the layer had, frozen where they were. Where the model itself is
+    such a layer its replacement is returned. A layer that is per step already stays.
     """
     return _with_replaced(model, (*_BATCH_NORMS, BatchStatisticsNorm), partial(_per_step, num_steps))
 
@@ -259,6 +259,8 @@ def _per_step(num_steps: int, layer: nn.Module) -> PerStepNorm:
         with torch.no_grad():
             norm.weight.copy_(layer.weight.expand_as(norm.weight))
             norm.bias.copy_(layer.bias.expand_as(norm.bias))
+        norm.weight.requires_grad_(layer.weight.requires_grad)
+        norm.bias.requires_grad_(layer.bias.requires_grad)
     return norm.train(layer.training)
 
 

@@ -428,6 +428,13 @@ def test_replaced_layers_start_each_step_as_the_layer_was():
     assert isinstance(with_per_step_norm(nn.BatchNorm1d(3), 4), PerStepNorm)
 
 
+def test_a_frozen_layer_is_frozen_at_every_step():
+    norm = nn.BatchNorm2d(3)
+    norm.weight.requires_grad_(False)
+    replaced = with_per_step_norm(norm, 2)
+    assert (replaced.weight.requires_grad, replaced.bias.requires_grad) == (False, True)
+
+
 def test_a_step_with_one_value_a_channel_is_refused():
     with pytest.raises(ConfigError, match=r"inputs: shape \(1, 3\) with statistics of one value a channel; give more"):
         PerStepNorm(3, 2)(torch.zeros(1, 3))
