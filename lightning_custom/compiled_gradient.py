@@ -66,6 +66,8 @@ class CompiledGradient:
         examples = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in _flat(arguments)]
         try:
             recorded = make_fx(with_gradient)(examples)
+        except ConfigError:  # the function's own, with a remedy of its own
+            raise
         except Exception as error:
             raise ConfigError(f"compile: the gradient cannot be recorded ({error}); leave --compile out") from error
         # Not torch.compile, whose guards would look at every argument of every call: a third of a small step.

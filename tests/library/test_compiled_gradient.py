@@ -153,6 +153,14 @@ def test_what_cannot_be_recorded_is_refused_with_a_reason_and_a_remedy():
         CompiledGradient(decides)(torch.ones(2, requires_grad=True))
 
 
+def test_a_refusal_of_the_functions_own_keeps_its_remedy():
+    def refuses(number):
+        raise ConfigError("targets: none; give some")
+
+    with pytest.raises(ConfigError, match=r"^targets: none; give some$"):
+        CompiledGradient(refuses)(torch.ones(2, requires_grad=True))
+
+
 def test_the_record_holds_second_order_and_not_the_first_alone(recorded):
     learned = parameters()
     total, _ = CompiledGradient(Counted())(learned, *samples())
