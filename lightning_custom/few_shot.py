@@ -189,7 +189,7 @@ def held_out_scores(
         rows += [_scores_along(learner, loss, after, *part) for part in parts]
     if not rows:  # fewer tasks than processes: nothing, in a tensor of the right shape
         rows = [_scores_along(learner, loss, after, *(fabric.to_device(part[:1]) for part in drawn))[:0]]
-    table = gather_shares(torch.cat(rows), fabric).double().cpu()  # [tasks, scores, steps]
+    table = gather_shares(torch.cat(rows), fabric).cpu().double()  # [tasks, scores, steps]; MPS has no float64
     steps = range(table.shape[2]) if after is None else sorted(after)
     mean, interval = table.mean(0), 1.96 * table.std(0) / math.sqrt(number)
     scores = {}

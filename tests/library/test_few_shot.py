@@ -7,6 +7,7 @@ import torch
 from lightning.fabric.plugins.precision import Precision
 from torch import nn
 from torch.nn.functional import mse_loss
+from torch.overrides import TorchFunctionMode
 
 from lightning_custom.errors import ConfigError
 from lightning_custom.few_shot import (
@@ -179,6 +180,24 @@ def test_accuracies_are_over_all_targets_of_a_task_where_a_sample_has_several():
 )
 def test_targets_are_classes_where_outputs_have_a_score_of_each(outputs, targets, dtype, expected):
     assert are_classes(torch.zeros(outputs), torch.zeros(targets, dtype=dtype)) is expected
+
+
+class Names(TorchFunctionMode):
+    """The names of torch's functions and methods, in the order of their calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
+
+
+def test_scores_are_in_float64_on_the_cpu_alone_as_some_devices_have_none():
+    with Names() as called:
+        scores_of_constants(single_process(), 5)
+    assert called.names.index("cpu") < called.names.index("double")
 
 
 def test_lines_name_the_learner_the_interval_and_what_was_found_after_0_1_and_all_updates():
