@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from lightning.fabric import Fabric
@@ -60,6 +60,7 @@ class RunConfig:
     """Deterministic algorithms, with a warning that names an operation without one."""
 
     def __post_init__(self) -> None:
+        require_known_words(self)
         require_at_least(self, _LEAST)
         require_at_most(self, {"seed": 2**63 - 1})
 
@@ -68,6 +69,14 @@ _LEAST = {
     "steps": 0, "stop_at": 1, "seed": 0, "log_every": 0, "validate_every": 0, "checkpoint_every": 0, "keep": 1,
     "devices": 1, "num_nodes": 1, "threads": 1,
 }  # fmt: skip
+
+
+def require_known_words(config: RunConfig) -> None:
+    """:class:`ConfigError` for the first field of a ``Literal`` type that is none of its words."""
+    for field in dataclasses.fields(config):
+        if get_origin(field.type) is Literal and getattr(config, field.name) not in get_args(field.type):
+            words = ", ".join(map(str, get_args(field.type)))
+            raise ConfigError(f"{field.name}: {getattr(config, field.name)!r}; choose one of {words}")
 
 
 def require_at_least(config: Any, bounds: Mapping[str, float]) -> None:

@@ -18,6 +18,7 @@ from lightning_custom.config import (
 )
 from lightning_custom.errors import ConfigError
 from lightning_custom.testing import in_processes, single_process
+from recipes.maml import MAMLConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,15 @@ def stored(config: RunConfig) -> dict:
 def test_a_seed_that_no_generator_takes_is_refused(seed):
     with pytest.raises(ConfigError, match=f"seed: {seed}; it must be at"):
         RunConfig(seed=seed)
+
+
+def test_a_word_that_a_field_does_not_know_is_refused_as_on_the_command_line():
+    with pytest.raises(ConfigError, match=r"^resume: 'always'; choose one of auto, must, never$"):
+        OwnConfig(resume="always")
+    # Both would be silent: the inner loop would leave the head alone, and the queries see each other.
+    for field, word in (("adapt", "tail"), ("batch_statistics", "suport")):
+        with pytest.raises(ConfigError, match=f"^{field}: '{word}'; choose one of "):
+            MAMLConfig(**{field: word})
 
 
 def test_what_belongs_to_one_start_is_not_stored():
