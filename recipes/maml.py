@@ -144,11 +144,9 @@ class MAMLConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(self, {"meta_batch_size": 1, "inner_steps": 0, "test_steps": 1, "lr": 0, "inner_clip_norm": 0})
-        require_at_least(
-            self,
-            {"tasks_at_once": 0, "ways": 2, "shots": 1, "query_shots": 1, "width": 1, "val_tasks": 2, "test_tasks": 2},
-        )
+        require_at_least(self, {"meta_batch_size": 1, "inner_steps": 0, "test_steps": 1, "lr": 0, "inner_lr": 0})
+        require_at_least(self, {"inner_clip_norm": 0, "tasks_at_once": 0, "val_tasks": 2, "test_tasks": 2})
+        require_at_least(self, {"ways": 2, "shots": 1, "query_shots": 1, "width": 1})
         if self.proto_head and self.adapt == "body":
             raise ConfigError("proto_head: the inner loop goes on from that head, but adapt is body; use all or head")
         if self.checkpoint_inner and self.compile:

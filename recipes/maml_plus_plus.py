@@ -149,7 +149,9 @@ class MAMLPlusPlusConfig(RunConfig):
         super().__post_init__()
         require_at_least(self, {"meta_batch_size": 1, "inner_steps": 1, "test_steps": 1, "lr": 0, "min_lr": 0})
         require_at_least(self, {"ways": 2, "shots": 1, "query_shots": 1, "width": 1, "val_tasks": 2, "test_tasks": 2})
-        require_at_least(self, {"anneal_steps": 1, "tasks_at_once": 0, "inner_clip_norm": 0})
+        require_at_least(self, {"anneal_steps": 1, "tasks_at_once": 0, "inner_lr": 0, "inner_clip_norm": 0})
+        if self.schedule == "cosine" and self.min_lr > self.lr:
+            raise ConfigError(f"min_lr: {self.min_lr}, above lr {self.lr}, which falls to it; lower min_lr too")
         for share in ("multi_step_share", "first_order_share"):
             if not 0 <= getattr(self, share) <= 1:
                 raise ConfigError(f"{share}: {getattr(self, share)}; give a share of the run, from 0 to 1")

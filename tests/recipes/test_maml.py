@@ -659,6 +659,7 @@ def test_presets_of_omniglot_have_the_papers_settings(name):
         (("--adapt", "tail"), "adapt"),
         (("--meta_batch_size", 0), "meta_batch_size: 0; it must be at least 1"),
         (("--inner_steps", -1), "inner_steps: -1; it must be at least 0"),
+        (("--inner_lr", -0.1), "inner_lr: -0.1; it must be at least 0"),
         (("--ways", 1), "ways: 1; it must be at least 2"),
         (("--exact_reduction", "true", "--compile", "true"), "exact_reduction: needs each task's own gradient"),
         (("--proto_head", "true"), "proto_head: targets are numbers; it needs classes"),

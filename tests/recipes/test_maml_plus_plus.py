@@ -406,6 +406,8 @@ def test_a_loaded_run_adapts_as_the_state_it_ended_with(tmp_path):
         ({"statistics": "running", "per_step_norm": False}, r"statistics: running needs --per_step_norm true"),
         ({"statistics": "running", "compile": True}, r"statistics: running needs .* no --compile; use batch"),
         ({"inner_clip_norm": -1.0}, r"inner_clip_norm: -1.0; it must be at least 0"),
+        ({"lr": 1e-6}, r"min_lr: 1e-05, above lr 1e-06, which falls to it; lower min_lr too"),
+        ({"inner_lr": -0.1}, r"inner_lr: -0.1; it must be at least 0"),
         ({"inner_steps": 0}, r"inner_steps: 0; it must be at least 1"),
         ({"anneal_steps": 0}, r"anneal_steps: 0; it must be at least 1"),
     ],
