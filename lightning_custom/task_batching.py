@@ -48,6 +48,7 @@ class TaskModel:
                 self._model(inputs[task], parameters={**shared, **{name: part[task] for name, part in fast.items()}})
                 for task in range(len(inputs))
             ]
+            _require_tensor(outputs[0])
             return outputs[0].unsqueeze(0) if len(outputs) == 1 else torch.stack(outputs)
         if self._layers and not _is_watched(self.module):
             return self._model.run(lambda tasks: self._sequence(tasks, parameters), inputs)  # type: ignore[no-any-return]
@@ -55,12 +56,21 @@ class TaskModel:
         def one_task(samples: Tensor, own: dict[str, Tensor]) -> Any:
             return self._model(samples, parameters={**shared, **own})
 
-        return vmap(one_task, randomness="different")(inputs, fast)  # type: ignore[no-any-return]
+        return _require_tensor(vmap(one_task, randomness="different")(inputs, fast))
 
     def _sequence(self, outputs: Tensor, parameters: Parameters) -> Tensor:
         for prefix, layer in self._layers:
             outputs = _TASK_BATCHED.get(type(layer), _activation)(layer, outputs, parameters, prefix)
         return outputs
+
+
+def _require_tensor(outputs: Any) -> Tensor:
+    if not isinstance(outputs, Tensor):
+        raise ConfigError(
+            f"model: gives a {type(outputs).__name__}, where an inner loop needs one tensor; concatenate several "
+            "outputs, and split them in a loss of your own"
+        )
+    return outputs
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -153,6 +153,18 @@ def test_the_networks_hooks_are_called():
     assert seen[0] == (SAMPLES, 6)  # one task's, as the network itself would see them
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_a_network_of_several_outputs_is_refused_with_the_remedy(together):
+    class Two(nn.Linear):
+        def forward(self, inputs):
+            return super().forward(inputs), inputs
+
+    module = Two(4, 2)
+    own = {name: part.expand(TASKS, *part.shape) for name, part in module.named_parameters()}
+    with pytest.raises(ConfigError, match=r"^model: gives a tuple, where an inner loop needs one tensor; concatenate"):
+        TaskModel(Bare(module, Precision()), together=together)(torch.zeros(TASKS, SAMPLES, 4), own)
+
+
 def test_tasks_have_dropout_of_their_own():
     module = nn.Sequential(nn.Dropout(0.5), nn.Linear(40, 40, bias=False))
     parameters = {"1.weight": torch.eye(40)}
