@@ -306,11 +306,16 @@ Family = Literal["sinusoid", "omniglot"]
 def load_tasks(data: Family, data_root: str | None, *, ways: int, shots: int, query_shots: int) -> Samplers:
     """The family ``data``: sinusoids, or Omniglot's characters with their turns as classes of their own.
 
-    Of the 1,200 characters that Finn et al. 2017 train on, their code keeps 100 to validate with; 423 are left to test.
+    The waves to test with are others than those to validate with, by which a checkpoint is chosen. Of the 1,200
+    characters that Finn et al. 2017 train on, their code keeps 100 to validate with; 423 are left to test.
     """
     if data == "sinusoid":
         waves = Sinusoids(shots, query_shots)
-        return Samplers(waves, waves, waves)
+
+        def others(number: int, generator: torch.Generator) -> Sequence[Tensor]:
+            return waves(number, torch.Generator().manual_seed(hash_seed(generator.initial_seed(), "test")))
+
+        return Samplers(waves, waves, others)
     parts = split_characters(omniglot(data_root).images, seed=0)
     sizes: dict[str, Any] = {"ways": ways, "shots": shots, "query_shots": query_shots}
     return Samplers(*(FewShot(with_rotations(part), transform=grey_images, **sizes) for part in parts))

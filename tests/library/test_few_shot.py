@@ -374,12 +374,24 @@ def test_the_true_wave_of_a_picture_is_that_of_the_support_points():
 
 
 def test_sinusoids_have_the_sizes_asked_for_and_the_papers_network():
-    train, val, test = load_tasks("sinusoid", None, ways=5, shots=3, query_shots=7)
+    train, val, _ = load_tasks("sinusoid", None, ways=5, shots=3, query_shots=7)
     drawn = train(2, torch.Generator().manual_seed(0))
     assert [tuple(part.shape) for part in drawn] == [(2, 3, 1), (2, 3, 1), (2, 7, 1), (2, 7, 1)]
-    assert train == val == test == Sinusoids(3, 7)
+    assert train == val == Sinusoids(3, 7)
     widths = [tuple(part.shape) for part in few_shot_network("sinusoid", ways=5, width=40, seed=0).parameters()]
     assert widths == [(40, 1), (40,), (40, 40), (40,), (1, 40), (1,)]
+
+
+def test_no_wave_is_tested_that_the_checkpoint_was_chosen_by():
+    fabric, drawn = single_process(), []
+    samplers = load_tasks("sinusoid", None, ways=5, shots=3, query_shots=4)
+    for sampler in (samplers.val, samplers.test, samplers.test):
+        kept = Kept(sampler)
+        held_out_scores(fabric, constants, kept, 130, per_task(None), "val", all_at_once=True)
+        drawn.append(kept.all()[0].flatten(1))
+    val, test, again = drawn
+    assert len(torch.unique(torch.cat([val, test]), dim=0)) == 260
+    assert torch.equal(test, again)
 
 
 def test_a_networks_weights_are_a_function_of_the_seed():
