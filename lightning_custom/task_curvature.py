@@ -11,7 +11,7 @@ from torch import Tensor
 
 def as_vectors(parts: Sequence[Tensor]) -> Tensor:
     """Parts ``[T, ...]`` as vectors ``[T, P]``, in float32 or wider."""
-    vectors = torch.cat([part.flatten(1) for part in parts], 1)
+    vectors = torch.cat([part.reshape(len(part), -1) for part in parts], 1)  # of a scalar, [T], too
     return vectors.to(torch.promote_types(vectors.dtype, torch.float32))
 
 

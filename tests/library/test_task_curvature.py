@@ -14,8 +14,19 @@ TASKS = 3
 
 def network_of_tasks():
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
-    return TaskModel(Bare(module, Precision()), together=True)
+    return TaskModel(Bare(Scaled().double(), Precision()), together=True)
+
+
+class Scaled(nn.Module):
+    """With a parameter that is a scalar."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+        self.scale = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, inputs):
+        return self.scale * self.layers(inputs)
 
 
 def losses_of(model, inputs, targets):
