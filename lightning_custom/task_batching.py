@@ -4,6 +4,7 @@ Shapes: T tasks, K samples of a task. ``fast`` parameters have the task first, `
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -56,12 +57,31 @@ class TaskModel:
         def one_task(samples: Tensor, own: dict[str, Tensor]) -> Any:
             return self._model(samples, parameters={**shared, **own})
 
-        return _require_tensor(vmap(one_task, randomness="different")(inputs, fast))
+        try:
+            with _no_fused_attention():
+                return _require_tensor(vmap(one_task, randomness="different")(inputs, fast))
+        except RuntimeError as error:
+            if not _is_of_vmap(error):
+                raise
+            raise ConfigError(
+                f"task_batching: vmap cannot compute this network ({' '.join(str(error).split())}); use loop"
+            ) from error
 
     def _sequence(self, outputs: Tensor, parameters: Parameters) -> Tensor:
         for prefix, layer in self._layers:
             outputs = _TASK_BATCHED.get(type(layer), _activation)(layer, outputs, parameters, prefix)
         return outputs
+
+
+@contextmanager
+def _no_fused_attention() -> Iterator[None]:
+    """Without torch's fused layers of evaluation mode, which have no derivative: under vmap they overlook its need."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _require_tensor(outputs: Any) -> Tensor:

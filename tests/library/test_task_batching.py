@@ -7,6 +7,7 @@ import torch
 from lightning.fabric.plugins.precision import MixedPrecision, Precision
 from torch import nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, mse_loss, smooth_l1_loss
 
 from lightning_custom.errors import ConfigError
@@ -153,6 +154,62 @@ def test_the_networks_hooks_are_called():
     assert seen[0] == (SAMPLES, 6)  # one task's, as the network itself would see them
 
 
+class Attending(nn.Module):
+    """A layer of a transformer over sequences of four numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.5, batch_first=True)
+
+    def forward(self, inputs):
+        return self.layer(inputs).mean(1)
+
+
+def test_a_transformer_in_evaluation_mode_has_the_gradients_of_each_task_alone():
+    torch.manual_seed(0)
+    module = Attending().double().eval()
+    inputs = torch.randn(TASKS, SAMPLES, 3, 4, dtype=torch.float64)
+    own = {name: part.expand(TASKS, *part.shape) for name, part in module.named_parameters()}
+    found = []
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        for outputs in (TaskModel(Bare(module, Precision()), together=True)(inputs, own), by_hand(module, inputs, own)):
+            slopes = torch.autograd.grad(outputs.square().sum(), list(module.parameters()), create_graph=True)
+            total = sum(slope.square().sum() for slope in slopes)
+            found.append(torch.autograd.grad(total, list(module.parameters()), materialize_grads=True))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.LSTM(4, 2, batch_first=True)
+
+    def forward(self, inputs):
+        return self.layer(inputs)[0]
+
+
+class Branching(nn.Linear):
+    def forward(self, inputs):
+        return super().forward(inputs if inputs.sum() > 0 else -inputs)
+
+
+@pytest.mark.parametrize("make", [Recurrent, lambda: Branching(4, 2)])
+def test_a_network_that_vmap_cannot_compute_is_refused_with_the_remedy_which_helps(make):
+    module, inputs = make(), torch.ones(TASKS, SAMPLES, 3, 4)
+    own = {name: part.expand(TASKS, *part.shape) for name, part in module.named_parameters()}
+    with pytest.raises(ConfigError, match=r"^task_batching: vmap cannot compute this network \(.*\); use loop$"):
+        TaskModel(Bare(module, Precision()), together=True)(inputs, own)
+    assert TaskModel(Bare(module, Precision()), together=False)(inputs, own).shape == (TASKS, SAMPLES, 3, 2)
+
+
+def test_an_error_of_the_network_itself_is_told_as_it_is():
+    module, inputs, own = made("not a sequence")
+    with pytest.raises(RuntimeError, match="Expected size for first two dimensions"):
+        TaskModel(Bare(module, Precision()), together=True)(inputs[..., :3], own)
+
+
 @pytest.mark.parametrize("together", [True, False])
 def test_a_network_of_several_outputs_is_refused_with_the_remedy(together):
     class Two(nn.Linear):
@@ -239,7 +296,7 @@ def test_an_error_of_the_loss_itself_is_not_taken_for_vmaps():
         return (outputs @ targets).mean()
 
     calls = []
-    with pytest.raises(RuntimeError, match="size mismatch|shapes cannot be multiplied|must match"):
+    with pytest.raises(RuntimeError, match="Expected size for first two dimensions"):
         per_task(wrong)(torch.zeros(TASKS, 2, 3), torch.zeros(TASKS, 2, 3))
     assert len(calls) == 1
 
