@@ -112,7 +112,7 @@ class MAMLConfig(RunConfig):
     batch_statistics: Statistics = "query"
     """Samples whose statistics normalise the query set, in networks with batch normalisation."""
     task_batching: Literal["auto", "vmap", "loop"] = "auto"
-    """Tasks at once, or one after another; auto is the latter for exact_reduction, and for 16 images on a CPU."""
+    """Tasks at once, or one after another; auto: the latter for exact_reduction, and 16 images of omniglot on a CPU."""
     tasks_at_once: int = 0
     """Most tasks that are computed at once, to save memory; 0: all that a process has."""
     checkpoint_inner: bool = False
