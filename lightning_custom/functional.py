@@ -127,6 +127,8 @@ def _soft_targets(images: Tensor, labels: Tensor, num_classes: int) -> Tensor:
         )
     if not images.is_floating_point():
         raise ConfigError(f"images: {images.dtype}; turn them into floating point before mixing")
+    if labels.dim() == 1 and labels.is_floating_point():
+        raise ConfigError(f"labels: {labels.dtype}; give class indices [B], or [B, {num_classes}] of probabilities")
     if labels.dim() == 1:
         return one_hot(labels.long(), num_classes).to(images.dtype)
     if labels.shape[1:] != (num_classes,):

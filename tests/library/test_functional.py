@@ -171,6 +171,8 @@ def test_mixing_refuses_what_it_cannot_take(mix):
         mix(images.byte(), labels, 4, alpha=1.0)
     with pytest.raises(ConfigError, match=r"labels: shape \(4, 3\); give \[B\] or \[B, 4\]"):
         mix(images, torch.ones(4, 3), 4, alpha=1.0)
+    with pytest.raises(ConfigError, match=r"labels: torch.float32; give class indices \[B\], or \[B, 4\]"):
+        mix(images, torch.full((4,), 0.7), 4, alpha=1.0)  # which would be class 0
     with pytest.raises(ConfigError, match=r"alpha: 0.0; give a number above 0, or leave the mixing out"):
         mix(images, labels, 4, alpha=0.0)
 
