@@ -37,11 +37,14 @@ class TaskModel:
         self.module = model.module
         self._model = model
         self._dims = {name: parameter.dim() for name, parameter in self.module.named_parameters()}
+        self._is_float32 = next((part.dtype for part in self.module.parameters()), None) is torch.float32
         self._layers = list(_flat_layers(self.module)) if together else []
         self.together = together
 
     def __call__(self, inputs: Tensor, parameters: Parameters) -> Tensor:
         """Outputs ``[T, K, ...]`` of each task by its own parameters."""
+        if self._is_float32 and inputs.dtype is torch.float64:
+            raise ConfigError("tasks: inputs of float64, as NumPy makes them; give float32, or use --precision 64-true")
         fast = {name: tensor for name, tensor in parameters.items() if tensor.dim() > self._dims[name]}
         shared = {name: tensor for name, tensor in parameters.items() if name not in fast}
         if not self.together:

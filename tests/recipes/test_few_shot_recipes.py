@@ -164,3 +164,14 @@ def test_the_network_of_a_state_is_adapted_as_it_is_and_without_a_graph_around(r
         adapted = recipe.adapt(state.model, (inputs, targets), config=config, **rates)
         assert torch.equal(adapted(queries), expected(queries))
         assert not torch.equal(adapted(queries), state.model(queries))
+
+
+@every_recipe
+def test_tasks_of_float64_are_refused_with_the_remedies_which_help(recipe, tmp_path):
+    def of_numpy(number, generator):
+        return [part.double() for part in WAVES(number, generator)]
+
+    with pytest.raises(ConfigError, match=r"^tasks: inputs of float64, as NumPy makes them; give float32, or use"):
+        recipe.train(single_process(), config_of(recipe, tmp_path / "32"), model=network(), tasks=of_numpy)
+    config = config_of(recipe, tmp_path / "64", precision="64-true")
+    recipe.train(single_process("64-true"), config, model=network(), tasks=of_numpy)
