@@ -79,8 +79,8 @@ class GANConfig(RunConfig):
     """Steps between two validations; 0: only at the end."""
     checkpoint_every: int = 1000
     """Steps between two checkpoints; 0: only at the end or when stopped."""
-    loss: Literal["r3", "nonsaturating", "hinge", "saturating", "lsgan", "wasserstein", "relativistic-average"] = "r3"
-    """Adversarial loss."""
+    loss: str = "r3"
+    """Adversarial loss: r3, nonsaturating, hinge, saturating, lsgan, wasserstein or relativistic-average."""
     r1: float = 0.5
     """Weight gamma of R1, the penalty gamma/2 |grad D|^2 on real samples; 0: none."""
     r2: float = 0.5
@@ -175,6 +175,8 @@ class GANConfig(RunConfig):
         require_at_least(self, {"ada_target": -1, "ada_every": 1, "ada_images": 0, "ada_start": 0, "auxiliary": 0})
         require_at_least(self, {"accumulate": 1, "decay_steps": 1, "warmup_steps": 0})
         require_at_most(self, {"ada_start": 1})
+        if self.loss not in LOSSES:
+            raise ConfigError(f"loss: {self.loss!r}; choose one of {', '.join(LOSSES)}")
         self._check_combinations()
         if self.loss == "wasserstein" and not (self.gp or self.dragan or self.r1 or self.r2 or self.spectral_norm):
             raise ConfigError(

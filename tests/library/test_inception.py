@@ -60,7 +60,7 @@ def test_its_initial_weights_leave_the_default_generator_alone():
 
 def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ConfigError, match=r"inception needs torch-fidelity .*'lightning-custom\[inception\]'"):
+    with pytest.raises(ConfigError, match=r"inception needs torch-fidelity .*; pip install torch-fidelity"):
         inception_features(single_process())
 
 

@@ -149,6 +149,7 @@ def test_spectral_norm_resumes_to_the_bit_only_with_its_vectors(tmp_path, monkey
         ({"decay_steps": 9}, "decay_steps: 9, but both schedules are constant; set g_schedule or d_schedule"),
         ({"auxiliary": 1.0, "num_classes": 0}, "auxiliary: 1.0, but the discriminator has no classes"),
         ({"auxiliary": 1.0, "conditioning": "concatenation"}, "is told the class already"),
+        ({"loss": "nonsense"}, "loss: 'nonsense'; choose one of r3, nonsaturating"),
         ({"accumulate": 2, "loss": "relativistic-average"}, "needs the mean logit of the whole batch"),
         ({"ada_target": -2.0}, "ada_target: -2.0"),
         ({"ada_start": 5.0}, "ada_start: 5.0; it must be at most 1"),
