@@ -97,10 +97,13 @@ def require_at_most(config: RunConfig, bounds: Mapping[str, float]) -> None:
 INVOCATION_FIELDS = frozenset({"run_dir", "resume", "stop_at", "max_time", "replay_step"})
 """What belongs to one start of the program and not to the run: never stored."""
 
+WAYS_TO_COMPUTE = ("compile", "tasks_at_once", "task_batching", "checkpoint_inner")
+"""Fields of recipes that ask for the same numbers in another way, equal to rounding; some need less memory."""
+
 CHANGEABLE_FIELDS = INVOCATION_FIELDS | {
     "log_every", "validate_every", "checkpoint_every", "keep", "logger",
     "accelerator", "devices", "num_nodes", "strategy", "precision", "threads", "deterministic",
-    "data_root", "num_workers", "watch_every", "compile",
+    "data_root", "num_workers", "watch_every", "test_tasks", "test_episodes", *WAYS_TO_COMPUTE,
 }  # fmt: skip
 """What a resumed run may change; a change of the machine is warned of by the checkpoint's manifest."""
 

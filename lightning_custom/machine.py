@@ -7,7 +7,7 @@ import lightning
 import torch
 from lightning.fabric import Fabric
 
-from lightning_custom.config import RunConfig
+from lightning_custom.config import WAYS_TO_COMPUTE, RunConfig
 
 
 def machine_facts(fabric: Fabric, config: RunConfig) -> dict[str, Any]:
@@ -24,7 +24,8 @@ def machine_facts(fabric: Fabric, config: RunConfig) -> dict[str, Any]:
         "processes": fabric.world_size,
         "precision": config.precision,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "compile": bool(getattr(config, "compile", False)),
+        "compile": False,
+        **{name: getattr(config, name) for name in WAYS_TO_COMPUTE if hasattr(config, name)},
     }
 
 

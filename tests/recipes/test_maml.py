@@ -70,6 +70,17 @@ def plain_run(config, losses, steps):
     return flat(model.parameters())
 
 
+def test_a_run_that_needs_less_memory_goes_on_with_a_warning_and_with_another_test_without(tmp_path):
+    straight = train(single_process(), tmp_path / "straight")
+    train(single_process(), tmp_path / "resumed", stop_at=4)
+    train(single_process(), tmp_path / "resumed", stop_at=6, test_tasks=9)
+    with pytest.warns(UserWarning, match="not to the last bit: tasks_at_once: 0 -> 2, task_batching: auto -> loop"):
+        resumed = train(single_process(), tmp_path / "resumed", tasks_at_once=2, task_batching="loop")
+    torch.testing.assert_close(parameters(resumed), parameters(straight), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ConfigError, match="another config: inner_steps"):
+        train(single_process(), tmp_path / "resumed", inner_steps=2)
+
+
 # Processes
 
 
