@@ -20,10 +20,12 @@ def shift_and_flip(
 ) -> Tensor:
     """This process's images ``[B, C, H, W]``, each moved by up to ``shift`` pixels, half of them mirrored.
 
-    What moves in has the value ``background``. ``generator`` is the step's shared one; every process holds an equal
-    part of the batch.
+    What moves in has the value ``background``; :class:`ConfigError` for integers, which cannot have it. ``generator``
+    is the step's shared one; every process holds an equal part of the batch.
     """
     everywhere = (len(images) * fabric.world_size,)
+    if shift and not images.is_floating_point():
+        raise ConfigError(f"shift: {shift}, but images are {images.dtype}; give floats in [-1, 1], or set shift to 0")
     if shift:
         offsets = torch.randint(0, 2 * shift + 1, (*everywhere, 2), generator=generator)
         down, right = take_share(offsets, fabric).unbind(1)

@@ -59,6 +59,15 @@ def test_images_of_a_batch_change_each_for_itself():
     assert len(set(changes)) > 4
 
 
+def test_integers_are_flipped_and_not_shifted():
+    whole = images().to(torch.uint8)
+    for flip in (True, False):
+        with pytest.raises(ConfigError, match=r"shift: 1, but images are torch\.uint8; give floats in "):
+            shift_and_flip(single_process(), whole, shift=1, flip=flip, background=-1.0, generator=generator())
+    flipped = shift_and_flip(single_process(), whole, shift=0, flip=True, background=-1.0, generator=generator())
+    assert flipped.dtype == torch.uint8
+
+
 def test_without_shift_and_flip_images_stay_as_they_are():
     batch = images()
     results = shift_and_flip(single_process(), batch, shift=0, flip=False, background=-1.0, generator=generator())
