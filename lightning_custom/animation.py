@@ -1,7 +1,6 @@
 """Episodes as an animated picture: what ``enjoy`` writes."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 from gymnasium import error
 
-from lightning_custom.environments.arrays import Array, Observations, each_action
-from lightning_custom.environments.evaluation import LONGEST
+from lightning_custom.environments.arrays import Array, each_action
+from lightning_custom.environments.evaluation import LONGEST, Actor, as_act
 from lightning_custom.environments.layers import Environment
 from lightning_custom.errors import ConfigError
 from lightning_custom.sampling import require_ending
@@ -43,7 +42,7 @@ class EnjoyConfig:
         require_ending(Path(self.out), (".gif",))
 
 
-def show_episodes(request: EnjoyConfig, env: Environment, act: Callable[[Observations], Array]) -> None:
+def show_episodes(request: EnjoyConfig, env: Environment, act: Actor) -> None:
     """Write the picture that ``request`` asks for, and print the returns."""
     for name in ("SDL_VIDEODRIVER", "SDL_AUDIODRIVER"):  # no window: without one SDL prints an error of its own
         os.environ.setdefault(name, "dummy")
@@ -51,9 +50,7 @@ def show_episodes(request: EnjoyConfig, env: Environment, act: Callable[[Observa
     print(f"returns {', '.join(f'{value:.1f}' for value in returns)}: {request.out}")
 
 
-def write_animation(
-    env: Environment, act: Callable[[Observations], Array], path: str, episodes: int, *, seed: int, most: int
-) -> list[float]:
+def write_animation(env: Environment, act: Actor, path: str, episodes: int, *, seed: int, most: int) -> list[float]:
     """Play ``episodes`` in ``env``, which renders to arrays, and write at most ``most`` frames to the GIF ``path``.
 
     Returns the return of each episode. :class:`ConfigError` where nothing can be rendered or written.
@@ -61,7 +58,7 @@ def write_animation(
     from PIL import Image
 
     frames: list[Any] = []
-    returns = []
+    act_on, returns = as_act(act), []
     for episode in range(episodes):
         observation, _ = env.reset(seed=seed + episode)
         total, steps, ended = 0.0, 0, False
@@ -73,7 +70,7 @@ def write_animation(
                 if isinstance(observation, dict)
                 else None
             )
-            actions = act(batch if batch is not None else np.asarray(observation)[None])
+            actions = act_on(batch if batch is not None else np.asarray(observation)[None], [0], steps)
             observation, reward, terminated, truncated, _ = env.step(each_action(actions)[0])
             total, steps, ended = total + float(reward), steps + 1, terminated or truncated
         returns.append(total)

@@ -114,6 +114,14 @@ class Rollout:
         """
         return concatenated([_merged(self.observations), self._normalise(last), *self._finals])
 
+    def sequences(self, last: Observations) -> tuple[Observations, Observations]:
+        """What was acted on and then ``last``, ``[T + 1, E, ...]``; and the last of the F episodes, ``[1, F, ...]``.
+
+        Those are in the order of :attr:`ended`'s true entries.
+        """
+        finals = self._finals or [rows_of(rows_of(self.observations, 0), slice(0))]
+        return concatenated([self.observations, one_step(self._normalise(last))]), one_step(concatenated(finals))
+
 
 def _room(observations: Observations, steps: int) -> Observations:
     if isinstance(observations, dict):
@@ -127,6 +135,13 @@ def _write(target: Observations, t: int, observations: Observations) -> None:
             part[t] = observations[key]
     else:
         target[t] = observations
+
+
+def one_step(observations: Observations) -> Observations:
+    """``[E, ...]`` as ``[1, E, ...]``."""
+    if isinstance(observations, dict):
+        return {key: part[None] for key, part in observations.items()}
+    return observations[None]
 
 
 def _merged(observations: Observations) -> Observations:
@@ -157,6 +172,13 @@ def take_rows(values: Any, rows: Tensor | slice) -> Any:
     if isinstance(values, Mapping):
         return {key: take_rows(part, rows) for key, part in values.items()}
     return values[rows]
+
+
+def take_environments(values: Any, environments: Tensor) -> Any:
+    """All steps of ``environments``, out of ``[T, N, ...]``: a tensor, or a dict of them."""
+    if isinstance(values, Mapping):
+        return {key: take_environments(part, environments) for key, part in values.items()}
+    return values[:, environments]
 
 
 def flatten_steps(values: Any) -> Any:

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,6 +28,24 @@ from lightning_custom.loop import hash_seed
 Act = Callable[[Observations, Sequence[int], int], Array]
 """``(observations [E, ...], the episodes they are of, steps since their start) -> actions [E, ...]``."""
 MakeEnv = Callable[[int], Environment]
+
+
+@runtime_checkable
+class EpisodeActor(Protocol):
+    """Acts by what it has seen of an episode so far, where a function acts by the observation alone."""
+
+    def in_episodes(self, observations: Observations, episodes: Sequence[int], steps: int) -> Array:
+        """As :data:`Act`; 0 steps begin new episodes, all that there are."""
+        ...
+
+
+Actor = Callable[[Observations], Array] | EpisodeActor
+
+
+def as_act(actor: Actor) -> Act:
+    """How ``actor`` plays episodes."""
+    return actor.in_episodes if isinstance(actor, EpisodeActor) else lambda observations, *_: actor(observations)
+
 
 _AT_ONCE = 64
 LONGEST = 27_000
@@ -168,7 +186,7 @@ class EpisodePlayer:
 def episodic_returns(
     fabric: Fabric,
     make_env: MakeEnv,
-    act: Callable[[Observations], Array],
+    act: Actor,
     number: int,
     *,
     seed: int,
@@ -186,7 +204,7 @@ def episodic_returns(
         part = own[start : start + _AT_ONCE]
         seeds = [hash_seed(seed, purpose, episode) for episode in part]
         indices = [episode % _AT_ONCE for episode in part]
-        for step in player.play(lambda observations, *_: act(observations), seeds, indices):
+        for step in player.play(as_act(act), seeds, indices):
             np.add.at(returns, [start + episode for episode in step.episodes], step.rewards)
     player.close()
     return gather_shares(torch.from_numpy(returns).to(_device(fabric)), fabric).cpu()

@@ -9,6 +9,7 @@ import gymnasium as gym
 from gymnasium import error, wrappers
 from lightning.fabric import Fabric
 
+from lightning_custom.environments.hidden import HiddenComponents
 from lightning_custom.environments.layers import Environment
 from lightning_custom.errors import ConfigError
 
@@ -26,12 +27,13 @@ class MakeEnvironment:
     evaluation: bool = False
     """Without what is for training only."""
     render_mode: str | None = None
+    hide: tuple[int, ...] = ()
+    """Components of the observation that are left out."""
 
     def __call__(self, index: int = 0) -> Environment:
         """A new environment; :class:`ConfigError` for a name or a dependency that is not there."""
-        if self.env.startswith("ALE/"):
-            return self._atari()
-        return self._made()
+        env = self._atari() if self.env.startswith("ALE/") else self._made()
+        return HiddenComponents(env, self.hide) if self.hide else env
 
     def _made(self, **arguments: Any) -> Environment:
         try:

@@ -1,16 +1,15 @@
 """Scores of an agent: what a validation returns, and what a finished run says."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from lightning.fabric import Fabric
 
 from lightning_custom.config import RunConfig, recipe_name
-from lightning_custom.environments.arrays import Array, Observations
-from lightning_custom.environments.evaluation import MakeEnv, episodic_returns, mean_and_interval
+from lightning_custom.environments.evaluation import Actor, MakeEnv, episodic_returns, mean_and_interval
 
 
 def return_scores(
-    fabric: Fabric, make_env: MakeEnv, act: Callable[[Observations], Array], number: int, *, seed: int, name: str
+    fabric: Fabric, make_env: MakeEnv, act: Actor, number: int, *, seed: int, name: str
 ) -> dict[str, float]:
     """The mean return of ``number`` episodes of ``act``, always the same ones, and half its 95% interval.
 
