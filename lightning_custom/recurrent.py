@@ -5,8 +5,8 @@ A recurrent agent is any module with ``memory_size``, the numbers S that it keep
     parameters, values, memories = agent(observations, memory, starts)
 
 for the observations ``[T, E, ...]`` of T steps, what was remembered before them ``[E, S]``, and where an episode
-begins, bool ``[T, E]``: there nothing is remembered. It gives the action distribution's parameters ``[T, E, P]``, values
-``[T, E]``, and what is remembered after each step ``[T, E, S]``. :class:`RecurrentActorCritic` is one.
+begins, bool ``[T, E]``: there nothing is remembered. It gives the action distribution's parameters ``[T, E, P]``,
+values ``[T, E]``, and what is remembered after each step ``[T, E, S]``. :class:`RecurrentActorCritic` is one.
 
 Shapes: T steps, E environments or episodes, S numbers of a memory, F features, H units of a cell, P parameters.
 """
@@ -195,7 +195,7 @@ class RecurrentActor:
 
 
 def check_agent(fabric: Fabric, agent: nn.Module, space: gym.Space[Any], size: int) -> None:
-    """:class:`ConfigError` unless ``agent`` is recurrent and gives ``size`` parameters for observations of ``space``."""
+    """:class:`ConfigError` unless ``agent`` remembers, and gives ``size`` parameters for observations of ``space``."""
     module, others = unwrap(agent), []
     if not isinstance(getattr(module, "memory_size", None), int):
         raise ConfigError(

@@ -31,6 +31,7 @@ from lightning_custom.environments.arrays import Array
 from lightning_custom.environments.episodes import log_episodes
 from lightning_custom.environments.evaluation import MakeEnv
 from lightning_custom.environments.makers import MakeEnvironment, warn_if_inexact
+from lightning_custom.environments.normalisation import RewardScaler
 from lightning_custom.environments.scores import print_test, return_scores
 from lightning_custom.environments.vector import EnvironmentVector
 from lightning_custom.errors import ConfigError
@@ -62,23 +63,23 @@ Forward = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 class RecurrentPPOConfig(RunConfig):
     """Settings of the loop, and of the environment and networks that the command line builds."""
 
-    steps: int = 400
+    steps: int = 250
     """Rollouts, each with its updates; the schedule reads it."""
     log_every: int = 10
     """Steps between two rows of metrics."""
-    validate_every: int = 100
+    validate_every: int = 25
     """Steps between two validations; 0: only at the end."""
-    checkpoint_every: int = 100
+    checkpoint_every: int = 25
     """Steps between two checkpoints; 0: only at the end or when stopped."""
     env: str = "CartPole-v1"
     """Environment, by its name in gymnasium's registry."""
     hide: tuple[int, ...] = (1, 3)
     """Components of the observation that the agent does not see; of CartPole, 1 and 3 are the velocities."""
-    num_envs: int = 8
+    num_envs: int = 16
     """Environments, over all processes."""
     rollout_steps: int = 32
     """Steps of every environment in a rollout, through which gradients go back."""
-    epochs: int = 20
+    epochs: int = 10
     """Passes over a rollout."""
     minibatches: int = 1
     """Updates of a pass, each on an equal part of the environments."""
@@ -98,6 +99,8 @@ class RecurrentPPOConfig(RunConfig):
     """Weight of the value loss, which is half the squared error."""
     max_grad_norm: float = 0.5
     """Largest norm of the gradient; 0: no clipping."""
+    normalise_rewards: bool = True
+    """By the standard deviation of all discounted returns so far: large values saturate a memory that both share."""
     cell: Literal["gru", "lstm"] = "gru"
     """What remembers."""
     memory: bool = True
@@ -139,6 +142,7 @@ class RecurrentPPOState:
     optimizer: Optimizer
     envs: EnvironmentVector
     memory: EnvironmentMemory
+    reward_scaler: RewardScaler | None
     metrics: MetricLogger
     step: int = 0
     """Rollouts done, with their updates."""
@@ -171,6 +175,7 @@ def train(
     agent, optimizer = fabric.setup(agent, Adam(agent.parameters(), config.lr, eps=1e-5, fused=True))
     check_agent(fabric, cast("nn.Module", agent), envs.observation_space, distribution.size)
     memory = EnvironmentMemory(fabric, cast("nn.Module", agent), config.num_envs)
+    scaler = RewardScaler(fabric, config.num_envs, discount=config.discount) if config.normalise_rewards else None
     metrics = MetricLogger(
         fabric,
         config.run_dir,
@@ -182,7 +187,7 @@ def train(
             "how far an update goes": ["losses/(approx_kl|clipfrac)"],
         },
     )
-    state = RecurrentPPOState(cast("nn.Module", agent), cast("Optimizer", optimizer), envs, memory, metrics)
+    state = RecurrentPPOState(cast("nn.Module", agent), cast("Optimizer", optimizer), envs, memory, scaler, metrics)
     forward, act = bare(fabric, state.agent), recurrent_act(fabric, state.agent)
     lr = Linear(config.lr, 0.0, max(config.steps, 1)) if config.anneal_lr else Constant(config.lr)
     own, rollout = slice(envs.indices.start, envs.indices.stop), Rollout(config.rollout_steps)
@@ -312,8 +317,12 @@ def estimate(
         if ended.any():
             _, (final,), _ = forward(finals, memories[:-1][starts[1:]], ~starts[1:][starts[1:]][None])
     values, last = np.split(all_values.cpu().numpy(), [len(actions)])
+    rewards = rollout.rewards
+    if state.reward_scaler is not None:
+        state.reward_scaler.update_(rewards, ended)
+        rewards = state.reward_scaler(rewards)
     advantages = generalised_advantages(
-        rollout.rewards.astype(values.dtype),
+        rewards.astype(values.dtype),
         values,
         following_values(values, last[0], ended, final.cpu().numpy()),
         rollout.terminated,

@@ -253,7 +253,7 @@ def test_an_actor_remembers_each_episode_until_it_ends():
 
 
 def test_episodes_played_together_are_those_played_alone():
-    agent, space = agent_for(gym.make("CartPole-v1").observation_space, spaces.Discrete(2)), []
+    agent = agent_for(gym.make("CartPole-v1").observation_space, spaces.Discrete(2))
     for part in agent.policy.parameters():
         part.data.mul_(30)  # indifferent policies balance alike
 
@@ -267,4 +267,3 @@ def test_episodes_played_together_are_those_played_alone():
     together = returns(range(12))
     assert together == [returns([seed])[0] for seed in range(12)]
     assert len(set(together)) > 3
-    assert not space
