@@ -103,7 +103,7 @@ def recurrent_actor_critic(
         )
     features = Features(observation_space)
     encoder = nn.Sequential(features, orthogonal(nn.Linear(features.size, width), math.sqrt(2)), nn.Tanh())
-    memory = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}[cell](width, width)
+    memory = nn.GRUCell(width, width) if cell == "gru" else nn.LSTMCell(width, width)
     for weight in (memory.weight_ih, memory.weight_hh):
         nn.init.orthogonal_(weight)
     for bias in (memory.bias_ih, memory.bias_hh):

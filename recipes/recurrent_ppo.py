@@ -191,11 +191,10 @@ def train(
     forward, act = bare(fabric, state.agent), recurrent_act(fabric, state.agent)
     lr = Linear(config.lr, 0.0, max(config.steps, 1)) if config.anneal_lr else Constant(config.lr)
     own, rollout = slice(envs.indices.start, envs.indices.stop), Rollout(config.rollout_steps)
+    fixed = config.anneal_lr
 
     with (
-        Checkpointer(
-            fabric, config, best="val/episodic_return", mode="max", steps_fixed=config.anneal_lr
-        ) as checkpointer,
+        Checkpointer(fabric, config, best="val/episodic_return", mode="max", steps_fixed=fixed) as checkpointer,
         Progress(fabric, config.steps) as progress,
     ):
         checkpointer.restore(state)
@@ -315,7 +314,9 @@ def estimate(
         # An episode's last observation is valued with what was remembered of that episode.
         final = all_values[0, :0]
         if ended.any():
-            _, (final,), _ = forward(finals, memories[:-1][starts[1:]], ~starts[1:][starts[1:]][None])
+            remembered_then = memories[:-1][starts[1:]]
+            none_begins = torch.zeros(1, len(remembered_then), dtype=torch.bool, device=fabric.device)
+            _, (final,), _ = forward(finals, remembered_then, none_begins)
     values, last = np.split(all_values.cpu().numpy(), [len(actions)])
     rewards = rollout.rewards
     if state.reward_scaler is not None:

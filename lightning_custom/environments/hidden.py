@@ -28,7 +28,7 @@ class HiddenComponents(gym.ObservationWrapper[Any, Any, Any]):
         self._shown = [i for i in range(size) if i not in components]
         if not self._shown or not all(0 <= i < size for i in components):
             raise ConfigError(f"hide: {list(components)}, of components 0 to {size - 1}; name some of them, not all")
-        self.observation_space = spaces.Box(space.low[self._shown], space.high[self._shown], dtype=space.dtype)  # type: ignore[arg-type]
+        self.observation_space = spaces.Box(space.low[self._shown], space.high[self._shown], dtype=space.dtype)
 
     def observation(self, observation: Array) -> Array:
         """What is left."""

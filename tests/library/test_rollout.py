@@ -8,7 +8,7 @@ import torch
 
 from lightning_custom.environments.batched import BatchedEnvironments
 from lightning_custom.environments.vector import EnvironmentVector
-from lightning_custom.rollout import Rollout, flatten_steps, gather_environments, take_rows
+from lightning_custom.rollout import Rollout, flatten_steps, gather_environments, take_environments, take_rows
 from lightning_custom.testing import single_process
 from tests.library.tiny_environments import Countdown, process
 
@@ -47,6 +47,19 @@ def test_all_observations_end_with_the_last_ones_of_the_episodes_in_the_order_of
     assert len(everything) - 10 == rollout.ended.sum()
 
 
+def test_sequences_go_on_to_the_observations_after_the_rollout_and_the_last_ones_are_beside_them():
+    rollout, envs = played(4)
+    seen, finals = rollout.sequences(envs.observations)
+    assert seen[:4].tolist() == rollout.observations.tolist()
+    assert seen[4].tolist() == [[0, 3, 0], [1, 2, 1]]
+    assert finals.tolist() == [[[0, 1, 2], [1, 1, 3], [0, 2, 2]]]
+    rollout, envs = played(1)
+    assert rollout.sequences(envs.observations)[1].shape == (1, 0, 3)
+    half, envs = played(4, lambda observations: observations / 2)
+    for part, whole in zip(half.sequences(envs.observations), (seen, finals), strict=True):
+        assert np.array_equal(2 * part, whole)
+
+
 def test_everything_is_normalised_but_the_raw_observations():
     rollout, envs = played(4, lambda observations: observations / 2)
     raw, _ = played(4)
@@ -76,6 +89,7 @@ def test_rows_and_steps_of_dicts_are_those_of_their_parts():
     flat = flatten_steps(values)
     assert flat["b"]["c"].tolist() == [0, 1, 2, 3, 4, 5]
     assert take_rows(flat, torch.tensor([4, 0]))["a"].tolist() == [4, 0]
+    assert take_environments(values, torch.tensor([1]))["b"]["c"].tolist() == [[1], [3], [5]]
     assert gather_environments(single_process(), values)["a"] is values["a"]
 
 

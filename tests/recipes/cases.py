@@ -40,6 +40,7 @@ from recipes import (
     maml_plus_plus,
     multitask,
     ppo,
+    recurrent_ppo,
     reinforce,
     reptile,
     sac,
@@ -474,6 +475,19 @@ def run_ppo(fabric: Fabric, config: ppo.PPOConfig) -> ppo.PPOState:
     return ppo.train(fabric, config, make_env=choices if own == "mixed" else MakeEnvironment(config.env))
 
 
+@dataclass(frozen=True, kw_only=True)
+class RecurrentPPOCase(recurrent_ppo.RecurrentPPOConfig):
+    """With the environment that a user gives to ``train`` beside the config."""
+
+    own: Literal["", "mixed"] = ""
+
+
+def run_recurrent_ppo(fabric: Fabric, config: recurrent_ppo.RecurrentPPOConfig) -> recurrent_ppo.RecurrentPPOState:
+    own = getattr(config, "own", "")
+    make_env = choices if own == "mixed" else MakeEnvironment(config.env, hide=tuple(config.hide))
+    return recurrent_ppo.train(fabric, config, make_env=make_env)
+
+
 def run_reinforce(fabric: Fabric, config: reinforce.ReinforceConfig) -> reinforce.ReinforceState:
     return reinforce.train(fabric, config, make_env=MakeEnvironment(config.env))
 
@@ -789,6 +803,26 @@ CASES = [
         },
         # Not 30 steps: in float32 one of 7,680 actions is sooner or later drawn otherwise, and leads elsewhere.
         preset=ppo.PPOConfig(**ppo.PRESETS["cartpole"] | {"steps": 30, "stop_at": 10}),
+    ),
+    Case(
+        name="recurrent_ppo",
+        module="recipes.recurrent_ppo",
+        run=run_recurrent_ppo,
+        # Minibatches of three environments, which two processes do not divide.
+        config=RecurrentPPOCase(
+            **{"steps": 30, "log_every": 4, "validate_every": 10, "checkpoint_every": 8, "width": 8},
+            **{"num_envs": 6, "rollout_steps": 8, "epochs": 2, "minibatches": 2, "val_episodes": 3},
+        ),
+        variants={
+            "lstm": {"cell": "lstm"},
+            "no-memory": {"memory": False},
+            "continuous-and-truncated": {"env": "Pendulum-v1", "hide": (2,), "entropy_coefficient": 0.01},
+            "plain": {"max_grad_norm": 0.0, "gae_decay": 1.0, "greedy": False, "anneal_lr": False, "minibatches": 1},
+            "rewards-as-they-are": {"normalise_rewards": False, "env": "FrozenLake-v1", "hide": ()},
+            "dicts-and-several-choices": {"own": "mixed"},
+        },
+        # Not 30 steps, for the reason of ppo's.
+        preset=recurrent_ppo.RecurrentPPOConfig(**recurrent_ppo.PRESETS["cartpole"] | {"steps": 30, "stop_at": 10}),
     ),
     Case(
         name="reinforce",

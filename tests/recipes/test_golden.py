@@ -28,6 +28,7 @@ from recipes import (
     maml_plus_plus,
     multitask,
     ppo,
+    recurrent_ppo,
     reinforce,
     reptile,
     sac,
@@ -133,6 +134,14 @@ def train_ppo(fabric, run_dir):
     return config
 
 
+def train_recurrent_ppo(fabric, run_dir):
+    config = recurrent_ppo.RecurrentPPOConfig(
+        run_dir=str(run_dir), stop_at=STEPS, log_every=1, validate_every=0, accelerator="cpu"
+    )
+    recurrent_ppo.train(fabric, config, make_env=MakeEnvironment(config.env, hide=config.hide))
+    return config
+
+
 def train_reinforce(fabric, run_dir):
     config = reinforce.ReinforceConfig(run_dir=str(run_dir), stop_at=STEPS, log_every=1, accelerator="cpu")
     reinforce.train(fabric, config, make_env=MakeEnvironment(config.env))
@@ -150,6 +159,7 @@ RECIPES = {
     "imaml": train_imaml,
     "multitask": train_multitask,
     "ppo": train_ppo,
+    "recurrent_ppo": train_recurrent_ppo,
     "reinforce": train_reinforce,
     "dqn": train_dqn,
     "sac": train_sac,

@@ -50,6 +50,10 @@ RECIPES = {
         *("--num_envs", 4, "--rollout_steps", 8, "--epochs", 1, "--minibatches", 2, "--val_episodes", 2),
         *("--test_episodes", 2, "--anneal_lr", "false", "--anneal_clip", "false", "--normalise_observations", "true"),
     ),
+    "recurrent_ppo": (
+        *("--num_envs", 4, "--rollout_steps", 8, "--epochs", 1, "--minibatches", 2, "--val_episodes", 2),
+        *("--test_episodes", 2, "--anneal_lr", "false", "--cell", "lstm"),
+    ),
     "reinforce": ("--env", "FrozenLake-v1", "--episodes", 2, "--val_episodes", 2, "--test_episodes", 2),
     "multitask": (
         *("--width", 2, "--batch_size", 8, "--method", "gradvac", "--schedule", "constant"),

@@ -10,7 +10,7 @@ from lightning_custom.generation import GenerationScores
 from lightning_custom.metrics import read_rows
 from lightning_custom.sampling import sampler
 from lightning_custom.testing import single_process
-from recipes import adversarial_training, classification, diffusion, gan, maml, multitask, ppo, reinforce
+from recipes import adversarial_training, classification, diffusion, gan, maml, multitask, ppo, recurrent_ppo, reinforce
 
 
 def final_scores(config):
@@ -101,6 +101,24 @@ def test_adversarial_training_holds_under_attack_where_standard_training_falls(t
     assert clean >= 97.5
     assert robust >= 78
     assert standard <= 60
+
+
+def return_without_velocities(folder, capsys, **fields):
+    """The mean return of the test, over as many episodes as gymnasium's registry asks for."""
+    recurrent_ppo.main(recurrent_ppo.RecurrentPPOConfig(accelerator="cpu", run_dir=str(folder), **fields))
+    (found,) = re.findall(r"^return ([\d.]+) \+- [\d.]+ .* 100 episodes", capsys.readouterr().out, re.MULTILINE)
+    return float(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_cartpole_without_velocities_is_solved_with_memory(seed, tmp_path, capsys):
+    assert return_without_velocities(tmp_path, capsys, seed=seed) >= 475
+
+
+@pytest.mark.slow
+def test_cartpole_without_velocities_is_not_solved_without_memory(tmp_path, capsys):
+    assert return_without_velocities(tmp_path, capsys, memory=False) < 100
 
 
 # The threshold of gymnasium's registry, over as many episodes as it asks for.

@@ -14,14 +14,16 @@ from lightning_custom.animation import EnjoyConfig
 from lightning_custom.errors import ConfigError
 from lightning_custom.policies import ActorCritic
 from lightning_custom.precision import unwrap
+from lightning_custom.recurrent import RecurrentActorCritic
 from lightning_custom.testing import single_process
-from recipes import dqn, ppo, reinforce, sac
+from recipes import dqn, ppo, recurrent_ppo, reinforce, sac
 from tests.library.tiny_environments import Counted
 
 COMMON = {"width": 8, "steps": 3, "val_episodes": 2, "log_every": 0, "validate_every": 0, "checkpoint_every": 0}
 OFF_POLICY = {"train_every": 8, "updates": 2, "learning_starts": 4, "capacity": 64, "batch_size": 8}
 CONFIGS = {
     ppo: (ppo.PPOConfig, {"num_envs": 2, "rollout_steps": 8, "epochs": 2}),
+    recurrent_ppo: (recurrent_ppo.RecurrentPPOConfig, {"num_envs": 2, "rollout_steps": 8, "epochs": 2}),
     reinforce: (reinforce.ReinforceConfig, {"episodes": 2}),
     dqn: (dqn.DQNConfig, OFF_POLICY),
     sac: (sac.SACConfig, OFF_POLICY),
@@ -65,7 +67,7 @@ def trained(recipe, folder, space, precision="32-true"):
         config_of(recipe, folder, precision=precision),
         make_env=lambda index: Steps(space, actions_of(recipe)),
     )
-    module = {ppo: "agent", reinforce: "agent", dqn: "q_network", sac: "actor"}[recipe]
+    module = {dqn: "q_network", sac: "actor"}.get(recipe, "agent")
     return [part.detach() for part in unwrap(getattr(state, module)).parameters()]
 
 
@@ -120,6 +122,9 @@ def test_a_picture_of_nothing_is_refused(name):
 
 def own_networks(recipe, inputs, outputs):
     """What ``train`` takes as its own networks, the one that acts with so many outputs."""
+    if recipe is recurrent_ppo:
+        encoder = nn.Sequential(nn.Linear(inputs, 8), nn.Dropout(0.5))
+        return {"agent": RecurrentActorCritic(encoder, nn.GRUCell(8, 8), nn.Linear(8, outputs), nn.Linear(8, 1))}
     acts = nn.Sequential(nn.Linear(inputs, 8), nn.Dropout(0.5), nn.Linear(8, outputs))
     if recipe in (ppo, reinforce):
         return {"agent": ActorCritic(acts, nn.Linear(inputs, 1))}
