@@ -1,7 +1,8 @@
 """PPO for a policy that remembers, where observations do not say everything (Schulman et al. 2017, algorithm 1).
 
-    python -m recipes.recurrent_ppo                                           # CartPole without velocities
-    python -m recipes.recurrent_ppo --memory false
+    python -m recipes.recurrent_ppo                                           # CartPole without velocities, two minutes
+    python -m recipes.recurrent_ppo --memory false                            # what it is without
+    python -m recipes.recurrent_ppo --preset pendulum
     python -m recipes.recurrent_ppo enjoy --run_dir DIR --out agent.gif
 
 Read recipes/ppo.py first. What is another order of operations: what the agent remembers of each environment goes from
@@ -131,7 +132,14 @@ class RecurrentPPOConfig(RunConfig):
             )
 
 
-PRESETS: dict[str, dict[str, Any]] = {"cartpole": {}}
+# After rl-baselines3-zoo's settings of RecurrentPPO for environments without velocities, with more environments.
+PRESETS: dict[str, dict[str, Any]] = {
+    "cartpole": {},
+    "pendulum": {
+        "env": "Pendulum-v1", "hide": (2,), "num_envs": 32, "minibatches": 4, "discount": 0.9, "gae_decay": 0.95,
+        "steps": 100, "log_every": 5, "validate_every": 10, "checkpoint_every": 10,
+    },
+}  # fmt: skip
 
 
 @dataclass
@@ -164,9 +172,7 @@ def train(
     refuse_loss_scale(fabric, "which this loop would clip and step along with the gradient")
     size = config.num_envs // config.minibatches
     if size < fabric.world_size:
-        raise ConfigError(
-            f"minibatches: of {size} environments, for {fabric.world_size} processes; choose a smaller number"
-        )
+        raise ConfigError(f"minibatches: of {size} environments, for {fabric.world_size} processes; choose fewer")
     config = with_run_dir(fabric, config)
     envs = EnvironmentVector(fabric, make_env, config.num_envs, seed=config.seed)
     warn_if_inexact(fabric, envs)

@@ -34,6 +34,31 @@ def test_episodes_are_the_same_at_every_call_and_others_with_another_seed():
     assert not torch.equal(runs[0], runs[2])
 
 
+class Noted:
+    """Notes which episodes it is asked to act in, and how long they have gone on."""
+
+    def __init__(self):
+        self.calls = []
+
+    def in_episodes(self, observations, episodes, steps):
+        self.calls.append((observations[:, 0].tolist(), list(episodes), steps))
+        return zeros(observations)
+
+
+def test_what_acts_in_episodes_is_told_which_go_on_and_when_new_ones_begin(monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluation, "_AT_ONCE", 3)
+    noted, lengths = Noted(), [2, 1, 3]
+    found = episodic_returns(single_process(), lambda index: Countdown(index, lengths[index]), noted, 5, seed=0)
+    assert found.tolist() == [30, 10, 60, 30, 10]
+    assert noted.calls == [
+        ([0, 1, 2], [0, 1, 2], 0), ([0, 2], [0, 2], 1), ([2], [2], 2), ([0, 1], [0, 1], 0), ([0], [0], 1),
+    ]  # fmt: skip
+    noted.calls.clear()
+    env = gym.wrappers.TimeLimit(MakeEnvironment("CartPole-v1", render_mode="rgb_array")(), 2)
+    write_animation(env, noted, str(tmp_path / "a.gif"), 2, seed=0, most=1)
+    assert [call[1:] for call in noted.calls] == [([0], 0), ([0], 1)] * 2
+
+
 def test_a_time_limit_truncates():
     player = EpisodePlayer(lambda index: gym.wrappers.TimeLimit(Countdown(index, 50), 4))
     steps = list(player.play(lambda observations, *_: zeros(observations), [0, 1]))

@@ -277,7 +277,7 @@ def test_settings_that_cannot_be_are_refused(fields, message):
 def test_a_minibatch_that_does_not_reach_every_process_is_refused(tmp_path):
     fabric = single_process()
     fabric._strategy = SimpleNamespace(world_size=4, precision=None)
-    with pytest.raises(ConfigError, match=r"^minibatches: of 2 environments, for 4 processes; choose a smaller"):
+    with pytest.raises(ConfigError, match=r"^minibatches: of 2 environments, for 4 processes; choose fewer$"):
         recurrent_ppo.train(fabric, config(run_dir=str(tmp_path)), make_env=CARTPOLE)
 
 
