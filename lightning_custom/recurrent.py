@@ -31,7 +31,7 @@ from lightning_custom.policies import Features, GaussianPolicy, check_outputs, m
 from lightning_custom.precision import bare, unwrap
 from lightning_custom.rollout import flatten_steps, one_step
 
-Act = Callable[[Observations, Tensor, Array], tuple[Array, Tensor]]
+ActWithMemory = Callable[[Observations, Tensor, Array], tuple[Array, Tensor]]
 """``(observations [E, ...], memory [E, S], starts [E]) -> parameters [E, P], memory [E, S]``."""
 
 
@@ -161,7 +161,7 @@ class EnvironmentMemory:
         self.values = values.to(self.values)
 
 
-def recurrent_act(fabric: Fabric, agent: nn.Module) -> Act:
+def recurrent_act(fabric: Fabric, agent: nn.Module) -> ActWithMemory:
     """``agent`` for acting, a step at a time and without a gradient; observations as the agent is to see them."""
     run = bare(fabric, agent)
 

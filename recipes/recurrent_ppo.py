@@ -1,6 +1,6 @@
 """PPO for a policy that remembers, where observations do not say everything (Schulman et al. 2017, algorithm 1).
 
-    python -m recipes.recurrent_ppo                                           # CartPole without velocities, two minutes
+    python -m recipes.recurrent_ppo                                           # CartPole without velocities, a minute
     python -m recipes.recurrent_ppo --memory false                            # what it is without
     python -m recipes.recurrent_ppo --preset pendulum
     python -m recipes.recurrent_ppo enjoy --run_dir DIR --out agent.gif

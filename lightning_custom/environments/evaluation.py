@@ -40,6 +40,7 @@ class EpisodeActor(Protocol):
 
 
 Actor = Callable[[Observations], Array] | EpisodeActor
+"""What plays: ``observations [E, ...] -> actions [E, ...]``, or an :class:`EpisodeActor`."""
 
 
 def as_act(actor: Actor) -> Act:

@@ -22,7 +22,7 @@ class HiddenComponents(gym.ObservationWrapper[Any, Any, Any]):
         space = env.observation_space
         if not isinstance(space, spaces.Box) or len(space.shape) != 1:
             raise ConfigError(
-                f"hide: {list(components)}, but observations are in {space}; only a vector has components"
+                f"hide: {list(components)}, but observations are in {space}; only a vector has components; give []"
             )
         size = space.shape[0]
         self._shown = [i for i in range(size) if i not in components]
