@@ -84,8 +84,8 @@ def _grey_or_colour(image: Any) -> Any:
     """An image of mode L or RGB."""
     from PIL import Image
 
-    if image.mode.startswith("I;16"):  # Pillow's own conversion cuts at 255
-        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.mode.startswith("I"):  # 16 bits, as I before Pillow 11; its own conversion cuts at 255
+        return Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
     if image.mode in ("1", "L"):
         return image.convert("L")
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
