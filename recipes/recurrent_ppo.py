@@ -404,6 +404,8 @@ def main(config: RecurrentPPOConfig) -> str:
     make_env, test_env = (
         MakeEnvironment(config.env, evaluation, hide=tuple(config.hide)) for evaluation in (False, True)
     )
+    if config.hide and fabric.global_rank == 0:  # another env may not be meant to hide what CartPole does
+        print(f"hide: components {', '.join(map(str, config.hide))} of the observations of {config.env}", flush=True)
     started = time.perf_counter()
     state = train(fabric, config, make_env=make_env, val_env=test_env)
     if state.step == config.steps:

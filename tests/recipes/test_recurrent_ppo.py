@@ -293,7 +293,9 @@ def test_an_agent_without_a_memory_is_refused(tmp_path):
 def test_a_trained_agent_is_shown(tmp_path, capsys):
     settings = config(num_envs=2, rollout_steps=8, epochs=1, steps=2, test_episodes=2, run_dir=str(tmp_path / "run"))
     assert recurrent_ppo.main(settings) == str(tmp_path / "run")
-    assert "32 environment steps" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "hide: components 1, 3 of the observations of CartPole-v1\n" in out
+    assert "32 environment steps" in out
     request = recurrent_ppo.EnjoyConfig(run_dir=str(tmp_path / "run"), out=str(tmp_path / "agent.gif"), episodes=2)
     recurrent_ppo.enjoy(request)
     (line,) = capsys.readouterr().out.splitlines()
