@@ -11,6 +11,7 @@ from lightning.fabric import Fabric
 
 from lightning_custom.environments.hidden import HiddenComponents
 from lightning_custom.environments.layers import Environment
+from lightning_custom.environments.lives import LifeEpisodes
 from lightning_custom.errors import ConfigError
 
 
@@ -52,9 +53,9 @@ class MakeEnvironment:
 
         gym.register_envs(ale_py)
         env: Any = self._made(frameskip=1, repeat_action_probability=0.0)
-        env = wrappers.AtariPreprocessing(env, terminal_on_life_loss=not self.evaluation)
+        env = wrappers.AtariPreprocessing(env)
         if not self.evaluation:
-            env = wrappers.ClipReward(env, -1.0, 1.0)
+            env = wrappers.ClipReward(LifeEpisodes(env), -1.0, 1.0)
         return wrappers.FrameStackObservation(env, 4)
 
 

@@ -9,6 +9,7 @@ from gymnasium.envs import toy_text
 from gymnasium.envs.classic_control import CartPoleEnv, PendulumEnv
 
 from lightning_custom.environments.layers import FIELDS, environment_state, layers, restore_environment_
+from lightning_custom.environments.makers import MakeEnvironment
 from lightning_custom.environments.plain import from_stored, to_stored
 from lightning_custom.environments.replay import Replayed
 from lightning_custom.environments.vector import EnvironmentVector
@@ -71,6 +72,12 @@ def atari(name, index, **kwargs):
     return gym.make(name, **kwargs)
 
 
+def atari_by_lives(index):
+    pytest.importorskip("ale_py")
+    pytest.importorskip("cv2")
+    return MakeEnvironment("ALE/Breakout-v5")(index)
+
+
 def atari_as_trained_on(index):
     pytest.importorskip("cv2")
     env = atari("ALE/Breakout-v5", index, frameskip=1, repeat_action_probability=0.25)
@@ -112,6 +119,7 @@ FAMILIES = {
     "humanoid": (partial(mujoco, "Humanoid-v5"), "layers"),
     "pong": (partial(atari, "ALE/Pong-v5", max_episode_steps=90, obs_type="ram"), "layers"),
     "breakout": (atari_as_trained_on, "layers"),
+    "breakout by lives": (atari_by_lives, "layers"),
 }
 HISTORY, FUTURE = 137, 200
 
@@ -119,7 +127,9 @@ HISTORY, FUTURE = 137, 200
 def straight_and_resumed(family, change=None):
     """What a vector shows after it was stored in mid-episode, and what a fresh one shows that was restored."""
     maker, _ = FAMILIES[family]
-    num_envs = 1 if family in ("car", "ant", "humanoid", "pong", "breakout") else 2  # the slow ones
+    num_envs = (
+        1 if family in ("car", "ant", "humanoid", "pong", "breakout", "breakout by lives") else 2
+    )  # the slow ones
     straight = EnvironmentVector(process(), maker, num_envs, seed=0)
     play(straight, random_actions(straight, HISTORY))
     items = stored(straight.item_state_dict())
