@@ -1,5 +1,7 @@
 """The settings that every run has, which a recipe's own config extends."""
 
+import atexit
+import contextlib
 import dataclasses
 import datetime
 import sys
@@ -189,6 +191,7 @@ def _claim(path: Path) -> Path:
     while True:
         try:
             candidate.mkdir(parents=True)
+            atexit.register(_remove_if_empty, candidate.absolute())
             return candidate
         except FileExistsError:
             number += 1
@@ -197,6 +200,12 @@ def _claim(path: Path) -> Path:
             raise ConfigError(
                 f"run_dir: cannot create {candidate}: {error.strerror}; choose one with --run_dir"
             ) from error
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """What is left of a start that was refused before it wrote anything."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def recipe_name(kind: type[RunConfig]) -> str:

@@ -154,6 +154,18 @@ def test_runs_begun_in_one_second_get_directories_of_their_own(tmp_path, monkeyp
     assert all(Path(name).is_dir() for name in names)
 
 
+def test_a_start_that_writes_nothing_leaves_no_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    at_exit = []
+    monkeypatch.setattr(config_module.atexit, "register", lambda *call: at_exit.append(call))
+    refused, used = (Path(with_run_dir(single_process(), OwnConfig()).run_dir).absolute() for _ in range(2))
+    (used / "config.yaml").touch()
+    monkeypatch.chdir("/")
+    for function, *arguments in at_exit:
+        function(*arguments)
+    assert (refused.exists(), used.exists()) == (False, True)
+
+
 def test_a_given_directory_stays():
     assert with_run_dir(single_process(), OwnConfig(run_dir="mine")).run_dir == "mine"
 
