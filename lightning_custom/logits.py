@@ -1,5 +1,8 @@
 """What the discriminator says of real and of generated samples, as distributions."""
 
+from collections.abc import Sequence
+
+import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
@@ -7,13 +10,15 @@ from lightning_custom.distributed import gather_shares
 from lightning_custom.metrics import MetricLogger
 
 
-def show_logits(fabric: Fabric, metrics: MetricLogger, step: int, real: Tensor, fake: Tensor) -> dict[str, float]:
-    """Write histograms of this process's logits ``[B]`` together with all others', and return numbers for the row.
+def show_logits(fabric: Fabric, metrics: MetricLogger, step: int, parts: Sequence[Tensor]) -> dict[str, float]:
+    """Write histograms of a batch's logits, over all processes and ``parts``, and return numbers for the row.
 
+    A part ``[2 * B]`` is of real samples and then of as many generated ones.
     ``logit/real`` and ``logit/fake`` are their means; ``logit/told_apart`` is the share of pairs in which the real
     sample has the higher logit, whatever the loss: 0.5 where the discriminator guesses, 1 where it errs in no pair.
     """
-    real, fake = (gather_shares(part.float(), fabric).cpu() for part in (real, fake))
+    halves = zip(*(part.chunk(2) for part in parts), strict=True)
+    real, fake = (gather_shares(torch.cat(half).float(), fabric).cpu() for half in halves)
     metrics.histogram(step, "logit/real", real)
     metrics.histogram(step, "logit/fake", fake)
     return {

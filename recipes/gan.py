@@ -319,7 +319,7 @@ def train(
                 # Discriminator: raise D(real), lower D(fake), keep its gradient at both small.
                 batch = sample_and_label(fabric, next(batches), config.batch_size, config.num_classes)
                 latents = draw_latents(fabric, config, rng.shared)
-                seen: list[tuple[Tensor, list[Tensor]]] = []
+                seen: list[tuple[Tensor, list[Tensor], Tensor]] = []
                 # The last fakes serve the generator too, unless they are drawn part by part to save memory.
                 is_shared = config.accumulate == 1 and d_step == config.d_steps - 1
                 d_optimizer.zero_grad()
@@ -344,14 +344,14 @@ def train(
                         logits = losses.pop("logits")
                         fabric.backward(total)
                     ada.observe(logits.chunk(2)[0])
-                    seen.append((samples, label))
+                    seen.append((samples, label, logits.detach()))
                 mean_gradients_(fabric, discriminator)
                 d_optimizer.step()
                 ada.adjust_()
                 if config.penalty_every > 1 and due(state.step * config.d_steps + d_step + 1, config.penalty_every):
                     # Lazily: an update of its own, with the weight of all updates that went without.
                     d_optimizer.zero_grad()
-                    for part, (samples, label) in zip(parts(config.accumulate, rng.shared), seen, strict=True):
+                    for part, (samples, label, _) in zip(parts(config.accumulate, rng.shared), seen, strict=True):
                         seen_logits = judge(samples.requires_grad_(), label, rng.shared, part).logits
                         penalty = penalties(fabric, config, judge, samples, seen_logits, label, rng.shared, part)
                         fabric.backward(config.penalty_every * mean_over_parts(losses, {"loss/penalty": penalty}, part))
@@ -379,7 +379,7 @@ def train(
             metrics.update(losses | ({"ada/p": ada.p, "ada/r": ada.r} if config.ada else {}))
             progress.show(state.step)
             if due(state.step, config.log_every, last=config.steps):
-                known = show_logits(fabric, metrics, state.step, *logits.chunk(2))
+                known = show_logits(fabric, metrics, state.step, [logits for *_, logits in seen])
                 known |= {"lr/generator": g_rate(state.step - 1), "lr/discriminator": d_rate(state.step - 1)}
                 progress.report(state.step, metrics.flush(state.step, known))
             validation = {}

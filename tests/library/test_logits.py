@@ -25,7 +25,8 @@ def test_means_are_for_the_row_and_distributions_for_tensorboard(tmp_path):
     real, fake = logits()
     fabric = single_process()
     metrics = MetricLogger(fabric, tmp_path)
-    row = show_logits(fabric, metrics, 7, real.requires_grad_(), fake)
+    halves = zip(real.chunk(3), fake.chunk(3), strict=True)
+    row = show_logits(fabric, metrics, 7, [torch.cat(half).requires_grad_() for half in halves])
     assert row["logit/real"] == pytest.approx(real.mean().item())
     assert row["logit/fake"] == pytest.approx(fake.mean().item())
     events = EventAccumulator(str(tmp_path)).Reload()
@@ -38,13 +39,13 @@ def test_means_are_for_the_row_and_distributions_for_tensorboard(tmp_path):
 
 def work(fabric, folder):
     real, fake = (part.chunk(2)[fabric.global_rank] for part in logits())
-    return show_logits(fabric, MetricLogger(fabric, folder), 1, real, fake)
+    return show_logits(fabric, MetricLogger(fabric, folder), 1, [torch.cat([real, fake])])
 
 
 @pytest.mark.distributed
 def test_two_processes_show_the_whole_batch(tmp_path):
     real, fake = logits()
     fabric = single_process()
-    expected = show_logits(fabric, MetricLogger(fabric, tmp_path / "one"), 1, real, fake)
+    expected = show_logits(fabric, MetricLogger(fabric, tmp_path / "one"), 1, [torch.cat([real, fake])])
     for row in in_processes(work, 2, str(tmp_path / "two")):
         assert row == expected
