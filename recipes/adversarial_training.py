@@ -25,6 +25,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, nll_loss
 from torch.optim import AdamW, Optimizer
+from torch.utils.data import TensorDataset
 
 from lightning_custom import schedules
 from lightning_custom.adversarial import frozen
@@ -189,6 +190,8 @@ def train(
             schedules.set_learning_rate(state.optimizer, schedule, state.step)
             inputs, labels = next(state.batches)
             inputs = at_least_as_wide(inputs, model)
+            if state.step == 0:  # what can be looked at of an iterable
+                require_unit_box(TensorDataset(inputs))
 
             # Inner maximisation: the worst inputs in the ball, for the weights as they are.
             ball = Ball(config.norm, config.eps * min(1.0, (state.step + 1) / max(config.eps_warmup, 1)))

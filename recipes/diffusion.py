@@ -25,6 +25,7 @@ from lightning.fabric.strategies.fsdp import FSDPStrategy
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
+from torch.utils.data import TensorDataset
 
 from lightning_custom import schedules
 from lightning_custom.checkpoint import Checkpointer, load_module
@@ -209,6 +210,9 @@ def train(
 
             # Noise of a strength of its own for each sample; some come without their label.
             samples, *known = sample_and_label(fabric, next(batches), config.batch_size, config.num_classes)
+            if state.step == 0:  # what can be looked at of an iterable
+                require_within(config.bound, TensorDataset(samples))
+                require_labels(config.num_classes, TensorDataset(samples, *known))
             drawn = draw_noise(fabric, config, samples, rng.shared)
             noisy = process.noisy(samples, drawn.noise, drawn.times)
             labels = known[0].masked_fill(drawn.unlabelled, config.num_classes) if known else None

@@ -139,6 +139,10 @@ def test_inputs_outside_the_box_are_refused_wherever_they_stand(tmp_path):
     data = TensorDataset(images, torch.zeros(8, dtype=torch.int64))
     with pytest.raises(ConfigError, match=r"from -1 to 0; scale them to \[0, 1\]"):
         recipe.train(single_process(), CONFIG, model=nn.Linear(1, 1), dataset=data, num_classes=10)
+    config = dataclasses.replace(CONFIG, batch_size=8, run_dir=str(tmp_path))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with pytest.raises(ConfigError, match=r"from -1 to 0; scale them to \[0, 1\]"):
+        recipe.train(single_process(), config, model=model, dataset=iter([data.tensors]), num_classes=10)
 
 
 @pytest.mark.parametrize(

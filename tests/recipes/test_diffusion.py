@@ -184,6 +184,10 @@ def test_samples_beyond_the_bound_are_refused_since_estimates_are_cut_there(tmp_
     config = replace(CONFIG, num_classes=0, bound=3.0, run_dir=str(tmp_path))
     with pytest.raises(ConfigError, match=r"bound: 3.0, but samples go from -8.2 to 0; scale them, or set bound"):
         recipe.train(single_process(), config, denoiser=Witness(), dataset=TensorDataset(samples))
+    batches = iter([(samples, torch.zeros(9))])
+    config = replace(config, batch_size=9, run_dir=str(tmp_path / "batches"))
+    with pytest.raises(ConfigError, match=r"bound: 3.0, but samples go from -8.2 to 0"):
+        recipe.train(single_process(), config, denoiser=Witness(), dataset=batches)
     recipe.require_within(8.2 + 1e-6, TensorDataset(samples))
     recipe.require_within(0.0, TensorDataset(samples))
 
