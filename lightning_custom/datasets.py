@@ -128,8 +128,7 @@ def _torchvision(kind: str, data_root: str, train: bool, remedy: str, part: str 
         from torchvision import datasets
     except ImportError as error:
         raise ConfigError(
-            f"data_root: {data_root} does not hold {kind}; {remedy}, or install torchvision with "
-            "pip install torchvision"
+            f"data_root: {data_root} does not hold {kind}; {remedy}, or pip install torchvision, which downloads it"
         ) from error
     try:
         with _one_process(Path(data_root)):  # all of a run's processes ask at once

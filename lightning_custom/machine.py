@@ -24,7 +24,6 @@ def machine_facts(fabric: Fabric, config: RunConfig) -> dict[str, Any]:
         "processes": fabric.world_size,
         "precision": config.precision,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "compile": False,
         **{name: getattr(config, name) for name in WAYS_TO_COMPUTE if hasattr(config, name)},
     }
 

@@ -3,6 +3,7 @@
 Shapes: T tasks, K samples of a task. ``fast`` parameters have the task first, ``[T, ...]``.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -191,7 +192,9 @@ def per_task(loss: Callable[[Tensor, Tensor], Tensor] | None) -> TaskLoss:
         except RuntimeError as error:
             if not _is_of_vmap(error):
                 raise
-            # Such as a loss that leaves samples out by a mask.
+            # Such as a loss that leaves samples out by a mask. Tried anew at every call: what a trial draws is drawn
+            # in a resumed run too.
+            warnings.warn(f"loss: a task after another, as vmap cannot compute it ({error})", stacklevel=2)
             found = torch.stack([loss(*task) for task in zip(outputs, targets, strict=True)])
         if found.dim() > 1:
             raise ConfigError(f"loss: shape {tuple(found.shape[1:])} of a task; give the mean over its samples")

@@ -150,7 +150,7 @@ class NashMTL:
     Navon et al. 2022, claim 3.1. The direction has the norm ``sqrt(T)`` whatever the gradients' (1 for one task), and
     does not change when one is scaled; the ``max_norm`` of their code is a factor on the learning rate.
     :class:`SolverError` where gradients cancel, to float32's rounding: then there is no such point. Newton's method,
-    3 to 10 steps of ``O(T^3)``, more where gradients nearly cancel. No state: it needs no start.
+    up to 10 steps of ``O(T^3)``, more where gradients nearly cancel. No state: it needs no start.
     """
 
     def weights(self, gram: Tensor, generator: torch.Generator) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from lightning_custom.errors import ConfigError, NonFiniteError, SolverError
 from lightning_custom.multitask import aggregator as interface
 from lightning_custom.multitask import gram as gram_module
+from lightning_custom.multitask import quadratic
 from lightning_custom.multitask.aggregator import GramAggregator, aggregate
 from lightning_custom.multitask.aggregators import (
     AGGREGATORS,
@@ -614,6 +615,38 @@ def test_randomness_comes_from_the_generator_alone(name):
     second, _ = aggregate(make(name, 4), rows, rng(7))
     torch.set_rng_state(before)
     assert torch.equal(first, second)
+
+
+class Counted:
+    """A function that counts its calls."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *arguments, **options):
+        self.calls += 1
+        return self.function(*arguments, **options)
+
+
+@pytest.mark.parametrize("num_tasks", [2, 3, 5, 10])
+def test_cagrad_solves_about_twelve_problems_and_nash_mtl_takes_at_most_ten_steps(num_tasks, monkeypatch):
+    """The figures of the page, for gradients in all directions and of any size."""
+    problems, steps = Counted(quadratic._non_negative), Counted(np.linalg.solve)
+    monkeypatch.setattr(quadratic, "_non_negative", problems)
+    monkeypatch.setattr(np.linalg, "solve", steps)
+    draw = torch.Generator().manual_seed(0)
+    counts = []
+    for _ in range(100):
+        sizes = torch.rand(num_tasks, 1, generator=draw, dtype=torch.float64)
+        gram = gram_matrix(sizes * torch.randn(num_tasks, 50, generator=draw, dtype=torch.float64))
+        problems.calls = steps.calls = 0
+        CAGrad().weights(gram, draw)
+        NashMTL().weights(gram, draw)
+        counts.append((problems.calls, steps.calls))
+    found, newton = np.array(counts).T
+    assert 10 <= np.median(found) <= 13
+    assert 8 <= found.min() <= found.max() <= 15
+    assert 2 <= newton.max() <= 10
 
 
 def test_surgery_after_the_mean_over_processes_is_not_the_mean_of_surgeries():

@@ -376,5 +376,5 @@ def test_a_damaged_or_missing_cifar10_is_named_with_the_remedy(cifar_root, tmp_p
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ConfigError, match=rf"data_root: {path} is damaged .*delete it and fetch it again"):
         load_images("cifar10", str(cifar_root))
-    with pytest.raises(ConfigError, match="put its binary version into nowhere/cifar-10-batches-bin, or install"):
+    with pytest.raises(ConfigError, match="put its binary version into nowhere/cifar-10-batches-bin, or pip install"):
         load_images("cifar10", "nowhere")
