@@ -79,6 +79,8 @@ class MetricLogger:
         self._weights: dict[str, float] = {}
         self.latest: dict[str, float] = {}
         """The last value of every tag of the run, on every process; a resumed run begins with those of its rows."""
+        self.resumed_from = 0
+        """The step that this start of the program went on from, whatever checkpoint that took; 0 in a fresh run."""
         self._step = 0
         self._clock = time.perf_counter()
         # MPS has no float64.
@@ -195,7 +197,8 @@ class MetricLogger:
 
     def resume_at(self, step: int | None) -> None:
         """Cut rows and events past ``step``; None begins a fresh run and writes the hyperparameters."""
-        self._step, self._clock = step or 0, time.perf_counter()
+        self._step = self.resumed_from = step or 0
+        self._clock = time.perf_counter()
         # Each process reads the rows itself: process 0 replaces the file by one with the same rows up to this step.
         kept = [] if self._rows is None or step is None else _rows_until(self._rows, step)
         self.latest = {tag: math.nan if value is None else value for _, row in kept for tag, value in row.items()}

@@ -50,11 +50,6 @@ def fields_of_run(kind: type[RunConfig], run_dir: str | Path) -> dict[str, Any]:
     )
 
 
-def newest_step(run_dir: str | Path | None) -> int:
-    """The step of a run's newest checkpoint, which a start would go on from; 0 where there is none."""
-    return 0 if run_dir is None else max(storage.saved_steps(Path(run_dir) / CHECKPOINTS), default=0)
-
-
 def stopped_line(run_dir: str | Path) -> str | None:
     """What a program that a signal, a time limit or ``stop_at`` ended prints last; None where the run is complete."""
     status = read_status(run_dir)

@@ -47,7 +47,7 @@ from lightning_custom.networks import ConvClassifier
 from lightning_custom.pictures import captioned, image_grid
 from lightning_custom.precision import Bare, bare, unwrap
 from lightning_custom.progress import Progress
-from lightning_custom.run import complete_already, config_of_run, newest_step
+from lightning_custom.run import complete_already, config_of_run
 from lightning_custom.sampling import require_ending
 
 
@@ -346,7 +346,7 @@ def main(config: AdversarialTrainingConfig) -> str:
     fabric = launch(config)
     data, val_data, test_data = load_data(config)
     config = with_run_dir(fabric, config)
-    started, resumed_at = time.perf_counter(), newest_step(config.run_dir)
+    started = time.perf_counter()
     state = train(
         fabric,
         config,
@@ -356,7 +356,7 @@ def main(config: AdversarialTrainingConfig) -> str:
         val_data=val_data.dataset(),
     )
     if state.step == config.steps:
-        summary(fabric, config, state, test_data, state.step - resumed_at, time.perf_counter() - started)
+        summary(fabric, config, state, test_data, time.perf_counter() - started)
     return str(config.run_dir)
 
 
@@ -383,11 +383,11 @@ def summary(
     config: AdversarialTrainingConfig,
     state: AdversarialTrainingState,
     test_data: Images,
-    steps: int,
     seconds: float,
 ) -> None:
     """Attack the best checkpoint on the test set and print the result, and how to look at it."""
     run_dir = Path(str(config.run_dir))
+    steps = state.step - state.metrics.resumed_from
     # A run that was stopped in its test has its steps, and not yet its scores.
     if steps == 0 and (state.step == 0 or is_logged(run_dir, state.step, "test/accuracy")):
         if fabric.global_rank == 0:

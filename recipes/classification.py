@@ -45,7 +45,7 @@ from lightning_custom.networks import ConvClassifier
 from lightning_custom.pictures import matrix_picture
 from lightning_custom.precision import Bare, unwrap
 from lightning_custom.progress import Progress
-from lightning_custom.run import complete_already, newest_step
+from lightning_custom.run import complete_already
 from lightning_custom.sharded import is_sharded, load_weights_
 from lightning_custom.watch import Watch
 
@@ -362,7 +362,7 @@ def main(config: ClassificationConfig) -> str:
     torch.manual_seed(config.seed)
     channels, size = train_data.images.shape[1], train_data.images.shape[2]
     model = ConvClassifier(channels, size, train_data.num_classes, config.width)
-    started, resumed_at = time.perf_counter(), newest_step(config.run_dir)
+    started = time.perf_counter()
     state = train(
         fabric,
         config,
@@ -372,7 +372,7 @@ def main(config: ClassificationConfig) -> str:
         num_classes=train_data.num_classes,
     )
     if state.step == config.steps or out_of_patience(config, state):
-        summary(fabric, config, state, test_data, state.step - resumed_at, time.perf_counter() - started)
+        summary(fabric, config, state, test_data, time.perf_counter() - started)
     return str(config.run_dir)
 
 
@@ -392,11 +392,11 @@ def summary(
     config: ClassificationConfig,
     state: ClassificationState,
     test_data: Images,
-    steps: int,
     seconds: float,
 ) -> None:
     """Test the best checkpoint and print the result, where the run is, and how to look at it."""
     run_dir = Path(str(config.run_dir))
+    steps = state.step - state.metrics.resumed_from
     # A run that was stopped in its test has its steps, and not yet its scores.
     if steps == 0 and (state.step == 0 or is_logged(run_dir, state.step, "test/accuracy")):
         if fabric.global_rank == 0:

@@ -46,7 +46,7 @@ from lightning_custom.metrics import MetricLogger
 from lightning_custom.pictures import image_grid
 from lightning_custom.precision import Bare, unwrap
 from lightning_custom.progress import Progress
-from lightning_custom.run import complete_already, config_of_run, newest_step
+from lightning_custom.run import complete_already, config_of_run
 from lightning_custom.sampling import DrawConfig, require_ending, write_samples
 
 Generate = Callable[[Tensor, Tensor], Tensor]
@@ -373,11 +373,11 @@ def main(config: DiffusionConfig) -> str:
         draw = torch.Generator().manual_seed(config.seed + 1)
         return scorer(generate(torch.randn(len(scorer.labels), *data.images.shape[1:], generator=draw), scorer.labels))
 
-    prepared, resumed_at = time.perf_counter(), newest_step(config.run_dir)
+    prepared = time.perf_counter()
     state = train(fabric, config, denoiser=denoiser, dataset=data.dataset(), scores=scores)
     if fabric.global_rank == 0 and state.step == config.steps:
         training = time.perf_counter() - prepared
-        summary(config, state, (state.step - resumed_at) / training, prepared - started, training)
+        summary(config, state, (state.step - state.metrics.resumed_from) / training, prepared - started, training)
     return str(config.run_dir)
 
 

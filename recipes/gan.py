@@ -59,7 +59,7 @@ from lightning_custom.penalties import Judge, Verdict, needs_input_gradient, pen
 from lightning_custom.pictures import image_grid
 from lightning_custom.precision import Bare, bare, refuse_loss_scale, unwrap
 from lightning_custom.progress import Progress
-from lightning_custom.run import complete_already, config_of_run, newest_step
+from lightning_custom.run import complete_already, config_of_run
 from lightning_custom.sampling import SampleConfig, require_ending, sampler, write_samples
 
 Scores = Callable[[Callable[[Tensor, Tensor], Tensor]], dict[str, float]]
@@ -514,7 +514,7 @@ def main(config: GANConfig) -> str:
         rank, processes = fabric.global_rank, fabric.world_size
         return scorer(sample(latents.tensor_split(processes)[rank], scorer.labels.tensor_split(processes)[rank]))
 
-    prepared, resumed_at = time.perf_counter(), newest_step(config.run_dir)
+    prepared = time.perf_counter()
     state = train(
         fabric,
         config,
@@ -525,7 +525,7 @@ def main(config: GANConfig) -> str:
     )
     if fabric.global_rank == 0 and state.step == config.steps:
         training = time.perf_counter() - prepared
-        summary(config, state, (state.step - resumed_at) / training, prepared - started, training)
+        summary(config, state, (state.step - state.metrics.resumed_from) / training, prepared - started, training)
     return str(config.run_dir)
 
 

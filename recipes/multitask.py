@@ -63,7 +63,7 @@ from lightning_custom.networks import LeNetTrunk, mlp_head
 from lightning_custom.pictures import cosine_picture
 from lightning_custom.precision import bare, unwrap
 from lightning_custom.progress import Progress
-from lightning_custom.run import complete_already, newest_step
+from lightning_custom.run import complete_already
 from lightning_custom.state import Stateful
 
 
@@ -460,7 +460,7 @@ def main(config: MultitaskConfig) -> str:
     config = with_run_dir(fabric, config)
     train_data, val_data, test_data = load_data(config)
     trunk, heads = networks(config, train_data)
-    started, resumed_at = time.perf_counter(), newest_step(config.run_dir)
+    started = time.perf_counter()
     state = train(
         fabric,
         config,
@@ -471,7 +471,7 @@ def main(config: MultitaskConfig) -> str:
         val_data=dataset(config, val_data),
     )
     if state.step == config.steps:
-        summary(fabric, config, state, test_data, state.step - resumed_at, time.perf_counter() - started)
+        summary(fabric, config, state, test_data, time.perf_counter() - started)
     return str(config.run_dir)
 
 
@@ -522,10 +522,9 @@ def load_best_(config: MultitaskConfig, state: MultitaskState) -> None:
         unwrap(module).load_state_dict(load_module(str(config.run_dir), name))
 
 
-def summary(
-    fabric: Fabric, config: MultitaskConfig, state: MultitaskState, test_data: Images, steps: int, seconds: float
-) -> None:
+def summary(fabric: Fabric, config: MultitaskConfig, state: MultitaskState, test_data: Images, seconds: float) -> None:
     """Test the best checkpoint and print the result, where the run is, and how to look at it."""
+    steps = state.step - state.metrics.resumed_from
     # A run that was stopped in its test has its steps, and not yet its scores.
     if steps == 0 and (state.step == 0 or is_logged(str(config.run_dir), state.step, "test/accuracy")):
         if fabric.global_rank == 0:

@@ -191,8 +191,9 @@ def test_a_resumed_run_knows_the_last_value_of_every_tag_on_every_process(fabric
         again = MetricLogger(SimpleNamespace(global_rank=rank, device=fabric.device, loggers=[]), tmp_path)
         again.resume_at(5)
         assert str(again.latest) == "{'a': 3.0, 'b': 2.0, 'c': nan}"
+        assert again.resumed_from == 5
     again.resume_at(None)
-    assert again.latest == {}
+    assert (again.latest, again.resumed_from) == ({}, 0)
 
 
 def test_a_tag_that_is_not_logged_again_leaves_no_ghost(fabric, tmp_path):

@@ -136,6 +136,17 @@ def test_the_same_command_again_ends_at_once_and_changes_nothing(finished, progr
     assert ([(path.read_bytes(), path.stat().st_mtime_ns) for path in kept[1:]], kept[0].read_text()) == before
 
 
+def test_a_run_whose_last_checkpoint_is_damaged_is_not_called_complete(finished, program, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "damaged")
+    newest = max((tmp_path / "damaged" / "checkpoints").glob("step-*"))
+    (newest / "state.pt").write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="checkpoint step-00000012 is not usable"):
+        status, printed, errors = program(*SMALL, "--steps", 12, "--run_dir", tmp_path / "damaged")
+    assert status == 0, errors
+    assert "complete already" not in printed
+    assert "FID" in printed
+
+
 def test_a_complete_run_goes_on_to_a_larger_number_of_steps(finished, program, tmp_path):
     shutil.copytree(finished[0], tmp_path / "longer")
     status, printed, errors = program(*SMALL, "--steps", 15, "--run_dir", tmp_path / "longer")
