@@ -3,7 +3,7 @@
 The default is R3GAN's objective (Huang et al. 2024, eq. 2 and 4): relativistic pairing with R1 and R2, which needs no
 tricks to be stable. Goodfellow et al. 2014 for the rest.
 
-    python -m recipes.gan                                             # digits, 17 s on one CPU core
+    python -m recipes.gan                                             # digits, half a minute on one core
     python -m recipes.gan --preset fashion-mnist --data_root DIR
     python -m recipes.gan sample --run_dir RUN_DIR --out grid.png
 
