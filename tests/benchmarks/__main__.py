@@ -28,6 +28,7 @@ PEERS = {
     "maml_step": ("higher", "torchopt"),
     "multitask_step": ("torchjd", "LibMTL"),
     "ppo_speed": ("stable-baselines3",),
+    "ppo_variants_speed": ("stable-baselines3", "sb3-contrib"),
     "value_speed": ("stable-baselines3",),
 }
 """The distributions that a comparison has beside it; the others compare with raw PyTorch."""

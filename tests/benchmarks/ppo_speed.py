@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,15 +61,32 @@ def ours(num_envs: int, steps: int, threads: int, *, vectorised: bool = False, c
             make_env=MakeEnvironment(settings.env),
             make_vector=MakeVector(settings.env) if vectorised else None,
         )
-        rates = [row["charts/SPS"] for row in read_rows(folder) if "charts/SPS" in row]
+        return rate_in(folder)
+
+
+def rate_in(run_dir: str) -> float:
+    """Environment steps a second of a run, but for its first row of metrics."""
+    rates = [row["charts/SPS"] for row in read_rows(run_dir) if "charts/SPS" in row]
     return statistics.harmonic_mean(rates[1:])
 
 
 def with_stable_baselines3(num_envs: int, steps: int, threads: int) -> float:
     """The same by stable-baselines3, with DummyVecEnv as by default."""
     from stable_baselines3 import PPO
-    from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
+
+    torch.set_num_threads(threads)
+    model = PPO(
+        "MlpPolicy", make_vec_env("CartPole-v1", num_envs), n_steps=ROLLOUT, batch_size=num_envs * ROLLOUT // 4,
+        n_epochs=4, learning_rate=lambda left: 2.5e-4 * left, gamma=0.99, gae_lambda=0.95, clip_range=0.2,
+        clip_range_vf=0.2, ent_coef=0.01, vf_coef=0.5, max_grad_norm=0.5, device="cpu",
+    )  # fmt: skip
+    return rate_of(model, steps, warm=WARM)
+
+
+def rate_of(model: Any, steps: int, *, warm: int) -> float:
+    """Environment steps a second of a model of stable-baselines3 over ``steps`` rollouts but for the first ``warm``."""
+    from stable_baselines3.common.callbacks import BaseCallback
 
     class Clock(BaseCallback):
         def __init__(self) -> None:
@@ -81,16 +99,10 @@ def with_stable_baselines3(num_envs: int, steps: int, threads: int) -> float:
         def _on_rollout_start(self) -> None:
             self.times.append(time.perf_counter())
 
-    torch.set_num_threads(threads)
-    clock = Clock()
-    model = PPO(
-        "MlpPolicy", make_vec_env("CartPole-v1", num_envs), n_steps=ROLLOUT, batch_size=num_envs * ROLLOUT // 4,
-        n_epochs=4, learning_rate=lambda left: 2.5e-4 * left, gamma=0.99, gae_lambda=0.95, clip_range=0.2,
-        clip_range_vf=0.2, ent_coef=0.01, vf_coef=0.5, max_grad_norm=0.5, device="cpu",
-    )  # fmt: skip
-    model.learn(num_envs * ROLLOUT * steps, callback=clock)
+    clock, size = Clock(), model.n_steps * model.n_envs
+    model.learn(size * steps, callback=clock)
     clock.times.append(time.perf_counter())
-    return (len(clock.times) - 1 - WARM) * num_envs * ROLLOUT / (clock.times[-1] - clock.times[WARM])
+    return (len(clock.times) - 1 - warm) * size / (clock.times[-1] - clock.times[warm])
 
 
 def printed_by(command: list[str], threads: int) -> str:
@@ -174,13 +186,12 @@ def contenders(
     return found
 
 
-def report(num_envs: int, rounds: int, runs: dict[str, Callable[[], float]], threads: int) -> str:
+def report(title: str, rounds: int, runs: dict[str, Callable[[], float]]) -> str:
     """A table: the median rate of each, and how many times that of stable-baselines3, round by round."""
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             rates[name].append(run())
-    title = f"CartPole, {num_envs} x {ROLLOUT}, {threads} thread(s)"
     lines = [f"{title:<38}{'steps/s':>10}{'over SB3':>11}   lowest to highest"]
     peer = rates.get("stable-baselines3")
     for name, found in rates.items():
@@ -203,5 +214,6 @@ if __name__ == "__main__":
     given = parser.parse_args()
     for number in given.envs:
         runs = contenders(number, given.steps, given.threads, given.cleanrl, given.sheeprl)
-        print(report(number, given.rounds, runs, given.threads), flush=True)
+        title = f"CartPole, {number} x {ROLLOUT}, {given.threads} thread(s)"
+        print(report(title, given.rounds, runs), flush=True)
     print(machine())

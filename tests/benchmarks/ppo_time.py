@@ -37,10 +37,11 @@ WARM = 8
 
 
 class Clocks:
-    """Seconds by name, from the end of step ``WARM`` on."""
+    """Seconds by name, from the end of step ``WARM`` to that of the last; not of the validation after it."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.running: Counter[str] = Counter()
+        self.seconds = self.running
         self.started = self.ended = 0.0
 
     def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,7 +52,7 @@ class Clocks:
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds[name] += time.perf_counter() - started
+                self.running[name] += time.perf_counter() - started
 
         return timed
 
@@ -69,8 +70,9 @@ class Clocks:
         """Begin anew after the warm-up."""
         self.ended = time.perf_counter()
         if step == WARM:
-            self.seconds.clear()
+            self.running.clear()
             self.started = time.perf_counter()
+        self.seconds = self.running.copy()
 
 
 def read(num_envs: int, steps: int, threads: int, *, vectorised: bool, compiled: bool) -> dict[str, float]:
