@@ -111,7 +111,10 @@ def take_share(tensor: Tensor, fabric: Fabric) -> Tensor:
 
 
 def gather_shares(tensor: Tensor, fabric: Fabric) -> Tensor:
-    """The global batch ``[B, ...]`` from every process's :func:`take_share`, on every process; no gradient."""
+    """The global batch ``[B, ...]`` from every process's :func:`take_share`, on every process; no gradient.
+
+    A loss takes :func:`global_batch`.
+    """
     if fabric.world_size == 1:
         return tensor.detach()
     sizes = all_objects(fabric, len(tensor))
@@ -156,6 +159,50 @@ def global_mean(tensor: Tensor) -> Tensor:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return mean
     result: Tensor = _MeanOverProcesses.apply(mean)
+    return result
+
+
+class _Gathered(torch.autograd.Function):
+    """The parts of all processes, one behind the other; its derivative is :class:`_SummedPart`, and the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        own = tensor.detach().contiguous()
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, own)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        part: Tensor = _SummedPart.apply(gradient)
+        return part
+
+
+class _SummedPart(torch.autograd.Function):
+    """This process's part of the sum over processes."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()].clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        whole: Tensor = _Gathered.apply(gradient)
+        return whole
+
+
+def global_batch(tensor: Tensor) -> Tensor:
+    """The global batch ``[B, ...]`` from the parts of all processes, which are of one size; differentiable.
+
+    For a loss that compares samples, such as a contrastive one. Each process may take the loss of its own samples
+    against the whole batch, or all of them the whole loss: gradients that come through it are right after
+    :func:`mean_gradients_`. Each call waits for the other processes, in the backward pass too, so all must make it.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return tensor
+    result: Tensor = _Gathered.apply(tensor)
     return result
 
 

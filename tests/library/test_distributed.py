@@ -7,12 +7,14 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import nn
+from torch.nn import functional as F
 
 from lightning_custom.distributed import (
     all_objects,
     divide_items,
     first_process,
     gather_shares,
+    global_batch,
     global_mean,
     mean_gradients_,
     process_item,
@@ -36,7 +38,7 @@ def processes(rank, world_size):
 
 def work(fabric):
     rank = fabric.global_rank
-    parts = [means, mixed_dtypes, initial_weights, shares, agreement, randomness, global_means]
+    parts = [means, mixed_dtypes, initial_weights, shares, agreement, randomness, global_means, global_batches]
     return {part.__name__: part(fabric, rank) for part in parts}
 
 
@@ -149,6 +151,34 @@ def global_means(fabric, rank):
     return cube_of_the_mean(fabric)
 
 
+def contrast(features, others, first):
+    """Each row is to be told from the other rows: a loss that no part of the batch has alone."""
+    return F.cross_entropy(features @ others.T, torch.arange(first, first + len(features)))
+
+
+def contrast_and_derivatives(inputs, gather, first, *, whole):
+    weight = torch.tensor([[0.3, -0.2], [0.5, 0.1], [-0.4, 0.7]], dtype=torch.float64, requires_grad=True)
+    features = inputs @ weight
+    others = gather(features)
+    loss = contrast(others, others, 0) if whole else contrast(features, others, first)
+    (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+    (second,) = torch.autograd.grad((gradient * torch.arange(6.0).view(3, 2)).sum(), weight)
+    return torch.cat([loss.detach().view(1), gradient.detach().flatten(), second.flatten()])
+
+
+def six_samples():
+    return torch.linspace(-1, 1, 18, dtype=torch.float64).view(6, 3).sin()
+
+
+def global_batches(fabric, rank):
+    inputs = take_share(six_samples(), fabric)
+    return {
+        "gathered": global_batch(inputs),
+        "rows": contrast_and_derivatives(inputs, global_batch, 3 * rank, whole=False),
+        "whole": contrast_and_derivatives(inputs, global_batch, 3 * rank, whole=True),
+    }
+
+
 @pytest.fixture(scope="module")
 def results():
     return in_processes(work, 2)
@@ -207,6 +237,21 @@ def test_a_global_mean_and_its_derivatives_average_to_those_of_the_whole_batch(r
     first, second = (result["global_means"] for result in results)
     assert first[0] == second[0]
     torch.testing.assert_close((first + second) / 2, closed_form)
+
+
+@pytest.mark.distributed
+def test_a_loss_that_compares_samples_has_the_derivatives_of_the_whole_batch(results):
+    expected = contrast_and_derivatives(six_samples(), global_batch, 0, whole=False)
+    first, second = (result["global_batches"] for result in results)
+    for result in (first, second):
+        assert torch.equal(result["gathered"], six_samples())
+    for way in ("rows", "whole"):
+        torch.testing.assert_close((first[way] + second[way]) / 2, expected)
+    # What carries no gradient from the others trains on something else.
+    cut = contrast_and_derivatives(
+        six_samples(), lambda features: gather_shares(features, single_process()), 0, whole=False
+    )
+    assert not torch.allclose(cut[1:7], expected[1:7], atol=1e-3)
 
 
 @pytest.mark.distributed
