@@ -1,7 +1,9 @@
 """The command line of a recipe, built from its config: the same flags everywhere, one line for what is wrong."""
 
 import dataclasses
+import difflib
 import os
+import re
 import shutil
 import sys
 import time
@@ -213,7 +215,7 @@ def _parse(parser: ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
     except SystemExit:  # --help
         raise
     except Exception as error:
-        raise ConfigError(f"{_one_line(error)}; see --help") from error
+        raise ConfigError(f"{_one_line(error)}; {_meant(parser, error)}see --help") from error
     found: dict[str, Any] = values.as_dict()
     if found.get("print_config"):
         hidden = ("print_config", "preset", "config")
@@ -229,9 +231,43 @@ def _parse_verb(kind: type[Any], words: Sequence[str]) -> Any:
     return kind(**_parse(parser, words))
 
 
+_WANTED = {
+    "<class 'int'>": "a whole number",
+    "<class 'float'>": "a number",
+    "<class 'bool'>": "true or false",
+    "<class 'str'>": "text",
+    "<class 'NoneType'>": "null",
+    "<class 'tuple'>": "several values, written as '[a, b]', or one as '[a]'",
+}
+
+
+_WRONG_VALUE = (
+    r'Parser key "(?P<name>[^"]*)": (?P<why>.*?)[. ]*(?:Given value type: .*? )?'
+    r"(?:Got|Given) value: ?(?P<value>.*)$"
+)
+
+
 def _one_line(error: BaseException) -> str:
+    """The parser's message, of a wrong value as ``steps: 'abc'; it must be a whole number``."""
     line = " ".join(str(error).split()).replace("error: ", "")
-    return line.replace("Expected a <class 'tuple'>", "write several values as '[a, b]' and one as '[a]'")
+    wrong = re.match(_WRONG_VALUE, line)
+    wanted = re.findall(r"Expected an? (<class '\w+'>|typing\.Literal\[.*?\])", wrong["why"]) if wrong else []
+    if wrong is None or not wanted:
+        return line
+    words = [_WANTED.get(kind) or "one of " + re.sub(r"typing\.Literal\[(.*)\]", r"\1", kind) for kind in wanted]
+    return f"{wrong['name']}: {wrong['value']!r}; it must be {' or '.join(words)}"
+
+
+def _meant(parser: ArgumentParser, error: BaseException) -> str:
+    """The flag that a misspelled one is like; empty where none is."""
+    text = str(error)
+    unknown = text.partition("unrecognized arguments: ")[2].split()
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    for word in unknown:
+        near = difflib.get_close_matches(word.partition("=")[0], flags, 1, 0.75) if word.startswith("--") else []
+        if near:
+            return f"did you mean {near[0]}? "
+    return ""
 
 
 def _one_line_warning(
