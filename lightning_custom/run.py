@@ -58,9 +58,14 @@ def stopped_line(run_dir: str | Path) -> str | None:
     return f"stopped after step {status['step']} of {status['steps']}, saved; go on with: {status['command']}"
 
 
-def complete_already(config: RunConfig, step: int) -> str:
-    """What a start of a run that had nothing left to do prints."""
-    return f"run: {config.run_dir} was complete already, at step {step}; a larger --steps goes on"
+def complete_already(config: RunConfig, step: int, *, steps_fixed: bool) -> str:
+    """What a start of a run that had nothing left to do prints; ``steps_fixed`` as ``Checkpointer`` has it."""
+    longer = (
+        "its schedule ends there, so a longer run needs another --run_dir"
+        if steps_fixed
+        else "a larger --steps goes on"
+    )
+    return f"run: {config.run_dir} was complete already, at step {step}; {longer}"
 
 
 class Run:

@@ -177,10 +177,12 @@ def train(
             },
         ),
     )
-    fixed, shown_as = config.schedule != "constant", "train/robust_" if config.attack_steps else "train/"
+    shown_as = "train/robust_" if config.attack_steps else "train/"
 
     with (
-        Checkpointer(fabric, config, best="val/robust_accuracy", mode="max", steps_fixed=fixed) as checkpointer,
+        Checkpointer(
+            fabric, config, best="val/robust_accuracy", mode="max", steps_fixed=reads_steps(config)
+        ) as checkpointer,
         Progress(fabric, config.steps) as progress,
     ):
         checkpointer.restore(state)
@@ -221,6 +223,11 @@ def train(
             if checkpointer.stop_requested:
                 break
     return state
+
+
+def reads_steps(config: AdversarialTrainingConfig) -> bool:
+    """Whether a schedule depends on the run's length."""
+    return config.schedule != "constant"
 
 
 def attacked(
@@ -391,7 +398,7 @@ def summary(
     # A run that was stopped in its test has its steps, and not yet its scores.
     if steps == 0 and (state.step == 0 or is_logged(run_dir, state.step, "test/accuracy")):
         if fabric.global_rank == 0:
-            print(complete_already(config, state.step))
+            print(complete_already(config, state.step, steps_fixed=reads_steps(config)))
         return
     unwrap(state.model).load_state_dict(load_module(str(config.run_dir), "model"))
     started = time.perf_counter()

@@ -196,10 +196,11 @@ def train(
         ),
     )
     watch = Watch(model, every=config.watch_every)
-    fixed = config.decay_steps is None and config.schedule != "constant"
 
     with (
-        Checkpointer(fabric, config, best=config.best, mode=config.best_mode, steps_fixed=fixed) as checkpointer,
+        Checkpointer(
+            fabric, config, best=config.best, mode=config.best_mode, steps_fixed=reads_steps(config)
+        ) as checkpointer,
         Progress(fabric, config.steps) as progress,
     ):
         checkpointer.restore(state)
@@ -311,6 +312,11 @@ def learning_rate(config: ClassificationConfig) -> schedules.Schedule:
     return schedules.named(config.schedule, config.lr, steps, warmup_steps=config.warmup_steps)
 
 
+def reads_steps(config: ClassificationConfig) -> bool:
+    """Whether a schedule depends on the run's length."""
+    return config.decay_steps is None and config.schedule != "constant"
+
+
 def weight_average(config: ClassificationConfig, model: nn.Module) -> AveragedModel | None:
     """The average of the weights that the config names; buffers are the model's own."""
     if config.average == "none":
@@ -400,7 +406,7 @@ def summary(
     # A run that was stopped in its test has its steps, and not yet its scores.
     if steps == 0 and (state.step == 0 or is_logged(run_dir, state.step, "test/accuracy")):
         if fabric.global_rank == 0:
-            print(complete_already(config, state.step))
+            print(complete_already(config, state.step, steps_fixed=reads_steps(config)))
         return
     load_weights_(unwrap(state.average or state.model), load_module(run_dir, "average" if state.average else "model"))
     scores, _ = evaluate(fabric, state, test_data.dataset(), cross_entropy, "test/")

@@ -196,10 +196,9 @@ def train(
     layout = {"samples against real images": ["val/fid"], "loss": ["loss/denoising"]}
     metrics = MetricLogger(fabric, config.run_dir, hyperparameters=config, headline=["val/fid"], layout=layout)
     state = DiffusionState(denoiser, average, optimizer, batches, metrics)
-    fixed = config.decay_steps is None and config.schedule != "constant"
 
     with (
-        Checkpointer(fabric, config, best="val/fid", steps_fixed=fixed) as checkpointer,
+        Checkpointer(fabric, config, best="val/fid", steps_fixed=reads_steps(config)) as checkpointer,
         Progress(fabric, config.steps) as progress,
     ):
         checkpointer.restore(state)
@@ -309,6 +308,11 @@ def learning_rate(config: DiffusionConfig) -> schedules.Schedule:
 
 
 @torch.no_grad()
+def reads_steps(config: DiffusionConfig) -> bool:
+    """Whether a schedule depends on the run's length."""
+    return config.decay_steps is None and config.schedule != "constant"
+
+
 def denoising(
     config: DiffusionConfig, denoiser: nn.Module, noise: Tensor, labels: Tensor, draw: Callable[[], Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -401,7 +405,7 @@ def network(config: DiffusionConfig, shape: tuple[int, ...]) -> nn.Module:
 def summary(config: DiffusionConfig, state: DiffusionState, rate: float, preparing: float, training: float) -> None:
     """Print what a finished run reached, where it is, and how to look at it."""
     if rate == 0:
-        print(complete_already(config, state.step))
+        print(complete_already(config, state.step, steps_fixed=reads_steps(config)))
         return
     print("", *score_lines(state.metrics.latest, conditional=config.num_classes > 0), sep="\n")
     print(

@@ -554,7 +554,7 @@ def networks(config: GANConfig, data: Images) -> tuple[nn.Module, nn.Module]:
 def summary(config: GANConfig, state: GANState, rate: float, preparing: float, training: float) -> None:
     """Print what a finished run reached, where it is, and how to look at it."""
     if rate == 0:
-        print(complete_already(config, state.step))
+        print(complete_already(config, state.step, steps_fixed=reads_steps(config)))
         return
     print("", *score_lines(state.metrics.latest, conditional=config.num_classes > 0), sep="\n")
     print(

@@ -235,10 +235,11 @@ def train(
     )
     rates = learning_rates(config, state.optimizer) | dict(rates or {})
     baselines = read_baselines(config)
-    fixed = config.schedule != "constant"
 
     with (
-        Checkpointer(fabric, config, best=config.best, mode=config.best_mode, steps_fixed=fixed) as checkpointer,
+        Checkpointer(
+            fabric, config, best=config.best, mode=config.best_mode, steps_fixed=reads_steps(config)
+        ) as checkpointer,
         Progress(fabric, config.steps) as progress,
     ):
         checkpointer.restore(state)
@@ -427,6 +428,11 @@ def learning_rates(config: MultitaskConfig, optimizer: Optimizer) -> dict[int | 
     return {group.get("name", i): schedules.Scaled(shape, group["lr"]) for i, group in groups}
 
 
+def reads_steps(config: MultitaskConfig) -> bool:
+    """Whether a schedule depends on the run's length."""
+    return config.schedule != "constant"
+
+
 def require_possible(config: MultitaskConfig, method: Any, shared: Sequence[nn.Parameter]) -> None:
     """:class:`ConfigError` for a method that cannot work in this way."""
     if isinstance(method, Weighting):
@@ -528,7 +534,7 @@ def summary(fabric: Fabric, config: MultitaskConfig, state: MultitaskState, test
     # A run that was stopped in its test has its steps, and not yet its scores.
     if steps == 0 and (state.step == 0 or is_logged(str(config.run_dir), state.step, "test/accuracy")):
         if fabric.global_rank == 0:
-            print(complete_already(config, state.step))
+            print(complete_already(config, state.step, steps_fixed=reads_steps(config)))
         return
     load_best_(config, state)
     losses = dict.fromkeys(state.heads, sample_entropies)

@@ -365,6 +365,17 @@ def program(*words):
     )
 
 
+def test_a_finished_run_whose_schedule_reads_its_length_does_not_promise_more_steps(tmp_path, capsys):
+    flags = ("--width", 8, "--accelerator", "cpu", "--run_dir", tmp_path)
+    assert program(*flags, "--steps", 4) == 0
+    capsys.readouterr()
+    assert program(*flags) == 0
+    ends = "its schedule ends there, so a longer run needs another --run_dir"
+    assert capsys.readouterr().out == f"run: {tmp_path} was complete already, at step 4; {ends}\n"
+    assert program(*flags, "--steps", 8) == 2
+    assert "steps (4 -> 8)" in last_line(capsys)
+
+
 def test_the_printed_test_accuracy_is_of_the_best_checkpoint(tmp_path, capsys):
     flags = ("--steps", 12, "--validate_every", 4, "--lr", 0.05, "--schedule", "constant", "--run_dir", tmp_path)
     assert program(*flags, "--best", "val/accuracy", "--best_mode", "max") == 0
