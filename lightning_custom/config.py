@@ -96,6 +96,18 @@ def require_at_most(config: RunConfig, bounds: Mapping[str, float]) -> None:
             raise ConfigError(f"{name}: {getattr(config, name)}; it must be at most {most}")
 
 
+def refuse_unread(config: RunConfig, fields: Mapping[str, bool | str]) -> None:
+    """:class:`ConfigError` for the first field that was changed, to something else than 0 or none, and has no effect.
+
+    ``fields`` gives for each by name why nothing reads it and the remedy, or something false where it is read.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name, reason in fields.items():
+        value = getattr(config, name)
+        if reason and value and value != defaults[name]:
+            raise ConfigError(f"{name}: {value}, but {reason}")
+
+
 INVOCATION_FIELDS = frozenset({"run_dir", "resume", "stop_at", "max_time", "replay_step"})
 """What belongs to one start of the program and not to the run: never stored."""
 

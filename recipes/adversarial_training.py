@@ -32,7 +32,7 @@ from lightning_custom.adversarial import frozen
 from lightning_custom.attacks import Ball, Norm, pgd, pgd_with_restarts, square_search
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
-from lightning_custom.config import RunConfig, require_at_least, with_run_dir
+from lightning_custom.config import RunConfig, refuse_unread, require_at_least, with_run_dir
 from lightning_custom.confusion import ConfusionMatrix
 from lightning_custom.data import Batches, evaluation_batches, require_map_style, value_range
 from lightning_custom.datasets import Images, load_images, split
@@ -107,6 +107,13 @@ class AdversarialTrainingConfig(RunConfig):
         require_at_least(self, {"batch_size": 1, "beta": 0, "eps": 0, "eps_warmup": 0, "attack_steps": 0})
         require_at_least(self, {"step_size": 0, "val_attack_steps": 1, "test_attack_steps": 1, "test_restarts": 1})
         require_at_least(self, {"test_queries": 0, "lr": 0, "weight_decay": 0, "width": 8})
+        refuse_unread(
+            self,
+            {
+                "beta": self.loss == "madry" and "madry has no divergence to weigh; use loss trades or mart",
+                "eps_warmup": not self.attack_steps and "attack_steps is 0; use more, or set eps_warmup to 0",
+            },
+        )
         if self.loss != "madry" and not self.attack_steps:
             raise ConfigError(
                 f"attack_steps: 0, but {self.loss} compares with attacked inputs; use madry, or more steps"
@@ -158,6 +165,7 @@ def train(
     require_unit_box(dataset, val_data)
     if val_data is not None:
         require_map_style("val_data", val_data)
+    refuse_unread(config, {"weight_decay": optimizer is not None and "the optimizer is your own; set it there"})
     make_optimizer = optimizer or (lambda parameters: AdamW(parameters, config.lr, weight_decay=config.weight_decay))
     model = fabric.setup_module(model)
     classify = bare(fabric, model)

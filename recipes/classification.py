@@ -29,7 +29,7 @@ from lightning_custom import schedules
 from lightning_custom.augmentation import shift_and_flip
 from lightning_custom.checkpoint import Checkpointer, load_module, read_best
 from lightning_custom.cli import command_line
-from lightning_custom.config import RunConfig, require_at_least, require_at_most, with_run_dir
+from lightning_custom.config import RunConfig, refuse_unread, require_at_least, require_at_most, with_run_dir
 from lightning_custom.confusion import ConfusionMatrix
 from lightning_custom.data import Batches, evaluation_batches, require_map_style
 from lightning_custom.datasets import Images, load_images, split
@@ -126,6 +126,15 @@ class ClassificationConfig(RunConfig):
         require_at_least(self, {"mixup": 0, "sam": 0, "clip_norm": 0, "watch_every": 0, "num_workers": 0, "shift": 0})
         require_at_least(self, {"lr": 0, "weight_decay": 0, "label_smoothing": 0, "average_decay": 0, "width": 8})
         require_at_most(self, {"label_smoothing": 1, "average_decay": 1})
+        refuse_unread(
+            self,
+            {
+                "average_decay": self.average != "ema" and f"average is {self.average}; use average ema",
+                "average_start": self.average == "none" and "nothing is averaged; set average",
+                "decay_steps": self.schedule == "constant" and "the schedule is constant; use cosine or one_cycle",
+                "patience": not self.validate_every and "the only validation is the last; set validate_every",
+            },
+        )
         if self.width % 8:
             raise ConfigError(f"width: {self.width}; the network normalises groups of channels, give a multiple of 8")
 
@@ -174,6 +183,9 @@ def train(
     """
     config, schedule = with_run_dir(fabric, config), learning_rate(config)
     require_map_style("val_data", val_data)
+    own = optimizer is not None and "the optimizer is your own; set it there"
+    refuse_unread(config, {"label_smoothing": loss is not None and "the loss is your own; smooth its targets there"})
+    refuse_unread(config, {"optimizer": own, "weight_decay": own})
     loss = loss or partial(cross_entropy, label_smoothing=config.label_smoothing)
     if config.compile:
         model.compile()

@@ -30,7 +30,7 @@ from torch.utils.data import TensorDataset
 from lightning_custom import schedules
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
-from lightning_custom.config import RunConfig, require_at_least, require_at_most, with_run_dir
+from lightning_custom.config import RunConfig, refuse_unread, require_at_least, require_at_most, with_run_dir
 from lightning_custom.data import Batches, sample_and_label, value_range
 from lightning_custom.datasets import Images
 from lightning_custom.denoisers import MLPDenoiser, UNetDenoiser
@@ -133,6 +133,17 @@ class DiffusionConfig(RunConfig):
         require_at_least(self, {"sample_steps": 1, "eta": 0, "guidance": 0, "label_dropout": 0, "val_images": 8})
         require_at_least(self, {"width": 8, "depth": 1, "patch": 1})
         require_at_most(self, {"eta": 1, "label_dropout": 1})
+        unlabelled = not self.num_classes and "num_classes is 0, so that nothing is labelled; set it, or this to 0"
+        refuse_unread(
+            self,
+            {
+                "label_dropout": unlabelled,
+                "guidance": unlabelled,
+                "decay_steps": self.schedule == "constant" and "the schedule is constant; use cosine",
+                "depth": self.network != "mlp" and "the unet has blocks of its own; use network mlp, or leave it 3",
+                "patch": self.network != "unet" and "the mlp has no patches; use network unet, or leave it 1",
+            },
+        )
         if self.network == "unet" and self.width % 8:
             raise ConfigError(f"width: {self.width}; the unet normalises groups of channels, give a multiple of 8")
         if self.prediction == "epsilon" and self.noise_schedule == "cosine" and not self.bound:

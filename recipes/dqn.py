@@ -28,7 +28,7 @@ from lightning_custom.action_values import q_network
 from lightning_custom.animation import ONE_PROCESS, EnjoyConfig, show_episodes
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
-from lightning_custom.config import RunConfig, require_at_least, with_run_dir
+from lightning_custom.config import RunConfig, refuse_unread, require_at_least, with_run_dir
 from lightning_custom.distributed import mean_gradients_
 from lightning_custom.environments.arrays import single_precision
 from lightning_custom.environments.episodes import log_episodes
@@ -122,6 +122,9 @@ class DQNConfig(RunConfig):
         for name in ("discount", "epsilon"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}: {getattr(self, name)}; give a number from 0 to 1")
+        # Not importance_steps, which goes with the length of a preset's run.
+        uniform = not self.prioritised and "transitions are drawn alike; set prioritised"
+        refuse_unread(self, {"priority_exponent": uniform, "importance_exponent": uniform})
         check_learning_starts(self.learning_starts, self.steps * self.train_every * self.num_envs)
 
 

@@ -39,7 +39,7 @@ from lightning_custom.augmentation import diff_augment
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
 from lightning_custom.compiled_gradient import CompiledGradient
-from lightning_custom.config import RunConfig, require_at_least, require_at_most, with_run_dir
+from lightning_custom.config import RunConfig, refuse_unread, require_at_least, require_at_most, with_run_dir
 from lightning_custom.data import Batches, sample_and_label
 from lightning_custom.datasets import Images
 from lightning_custom.distributed import mean_gradients_, take_share
@@ -182,26 +182,35 @@ class GANConfig(RunConfig):
             raise ConfigError(
                 "loss: wasserstein needs a discriminator of bounded slope; set gp to 10, or spectral_norm"
             )
-        if self.penalty_every > 1 and not (self.r1 or self.r2 or self.gp or self.dragan or self.bcr):
-            raise ConfigError(
-                f"penalty_every: {self.penalty_every}, but no penalty has a weight; set r1, or leave it 1"
-            )
         for name in ("g_betas", "d_betas"):
             if not all(0 <= beta < 1 for beta in getattr(self, name)):
                 raise ConfigError(f"{name}: {getattr(self, name)}; each must be at least 0 and below 1")
 
     def _check_combinations(self) -> None:
         """Refuse what says nothing together."""
+        penalised = self.r1 or self.r2 or self.gp or self.dragan or self.bcr
+        plain = not self.ada and "nothing is augmented; set ada"
+        steady = plain or (not self.ada_images and "ada_images is 0, and the probability stays; set that above 0")
+        constant = {self.g_schedule, self.d_schedule} == {"constant"}
+        untold = self.num_classes == 0 and self.conditioning != "none"
+        refuse_unread(
+            self,
+            {
+                "penalty_every": not penalised and "no penalty has a weight; set r1, or leave it 1",
+                "dragan_std": not self.dragan and "dragan has no weight; set dragan",
+                "ada_start": plain and f"{plain}, or ada_start to 0",
+                "ada_images": plain,
+                "ada_target": steady,
+                "ada_every": steady,
+                "decay_steps": constant and "both schedules are constant; set g_schedule or d_schedule",
+                "conditioning": untold and "num_classes is 0; set that, or leave it auto",
+                "channels_last": self.network == "mlp" and "the mlp has no channels; use another network",
+            },
+        )
         if self.ada and self.ada_images and not LOSSES[self.loss].is_decided_at_zero:
             raise ConfigError(
                 f"ada: the sign of a logit means nothing to {self.loss}; choose nonsaturating, saturating or hinge, or "
                 "keep the probability at --ada_start with --ada_images 0"
-            )
-        if self.ada_start and not self.ada:
-            raise ConfigError(f"ada_start: {self.ada_start}, but nothing is augmented; set ada, or ada_start to 0")
-        if self.decay_steps is not None and {self.g_schedule, self.d_schedule} == {"constant"}:
-            raise ConfigError(
-                f"decay_steps: {self.decay_steps}, but both schedules are constant; set g_schedule or d_schedule"
             )
         if self.auxiliary and (self.conditioning == "concatenation" or self.num_classes == 0):
             told = "is told the class already" if self.num_classes else "has no classes to tell apart"

@@ -32,7 +32,7 @@ from lightning_custom import schedules
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
 from lightning_custom.compiled_gradient import CompiledGradient
-from lightning_custom.config import RunConfig, require_at_least, with_run_dir
+from lightning_custom.config import RunConfig, refuse_unread, require_at_least, with_run_dir
 from lightning_custom.data import Batches
 from lightning_custom.distributed import mean_gradients_, take_share
 from lightning_custom.errors import ConfigError
@@ -150,6 +150,9 @@ class MAMLPlusPlusConfig(RunConfig):
         require_at_least(self, {"meta_batch_size": 1, "inner_steps": 1, "test_steps": 1, "lr": 0, "min_lr": 0})
         require_at_least(self, {"ways": 2, "shots": 1, "query_shots": 1, "width": 1, "val_tasks": 2, "test_tasks": 2})
         require_at_least(self, {"anneal_steps": 1, "tasks_at_once": 0, "inner_lr": 0, "inner_clip_norm": 0})
+        constant = self.schedule == "constant" and "the schedule is constant; use cosine"
+        annealed = self.multi_step_share or self.first_order_share
+        refuse_unread(self, {"min_lr": constant, "anneal_steps": not annealed and constant})
         if self.schedule == "cosine" and self.min_lr > self.lr:
             raise ConfigError(f"min_lr: {self.min_lr}, above lr {self.lr}, which falls to it; lower min_lr too")
         for share in ("multi_step_share", "first_order_share"):

@@ -29,7 +29,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_custom import schedules
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
-from lightning_custom.config import RunConfig, read_config, require_at_least, with_run_dir
+from lightning_custom.config import RunConfig, read_config, refuse_unread, require_at_least, with_run_dir
 from lightning_custom.data import Batches, require_map_style
 from lightning_custom.datasets import Images, load_images, overlaid, split
 from lightning_custom.distributed import mean_gradients_
@@ -129,10 +129,15 @@ class MultitaskConfig(RunConfig):
         require_at_least(self, {"batch_size": 1, "aggregate_every": 1, "lr": 0, "weight_decay": 0, "width": 1})
         if self.aggregate_every > 1 and self.sampling not in ("cycle", "shortest"):
             raise ConfigError(f"aggregate_every: {self.aggregate_every} needs all tasks in a step; use sampling cycle")
-        for field, plain in (("temperature", 1.0), ("ratios", None)):
-            value = getattr(self, field)
-            if value != plain and self.sampling != field:
-                raise ConfigError(f"{field}: {value}, but sampling is {self.sampling}; use sampling {field}")
+        sampled = f"sampling is {self.sampling}; use sampling"
+        refuse_unread(
+            self,
+            {
+                "temperature": self.sampling != "temperature" and f"{sampled} temperature",
+                "ratios": self.sampling != "ratios" and f"{sampled} ratios",
+                "batched_backward": self.gradients == "features" and "features need no such pass; use gradients exact",
+            },
+        )
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -200,6 +205,8 @@ def train(
         for part in val_data.values() if isinstance(val_data, Mapping) else [val_data]:
             require_map_style("val_data", part)
     losses = {task: losses[task] for task in tasks}
+    refuse_unread(config, {"method_options": method is not None and "the method is your own; set them there"})
+    refuse_unread(config, {"weight_decay": optimizer is not None and "the optimizer is your own; set it there"})
     method = method or make_method(config.method, tasks, config.method_options)
     if isinstance(method, Weighting):
         if method.tasks != tasks:

@@ -25,7 +25,7 @@ from lightning_custom.action_distributions import ActionDistribution, action_dis
 from lightning_custom.animation import ONE_PROCESS, EnjoyConfig, show_episodes
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
-from lightning_custom.config import RunConfig, require_at_least, with_run_dir
+from lightning_custom.config import RunConfig, refuse_unread, require_at_least, with_run_dir
 from lightning_custom.distributed import mean_gradients_, sum_over_processes
 from lightning_custom.environments.arrays import Array, single_precision
 from lightning_custom.environments.episodes import log_episodes
@@ -92,6 +92,7 @@ class ReinforceConfig(RunConfig):
         require_at_least(self, {"episodes": 1, "width": 1, "lr": 0, "max_grad_norm": 0})
         require_at_least(self, {"entropy_coefficient": 0, "value_coefficient": 0, "val_episodes": 2})
         require_at_least(self, {"test_episodes": 2})
+        refuse_unread(self, {"value_coefficient": not self.baseline and "there is no baseline; set baseline"})
         if not 0 <= self.discount <= 1:
             raise ConfigError(f"discount: {self.discount}; give a number from 0 to 1")
 
