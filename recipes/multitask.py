@@ -41,7 +41,7 @@ from lightning_custom.metrics import MetricLogger, is_logged
 from lightning_custom.multitask.aggregator import Aggregator, GramAggregator
 from lightning_custom.multitask.batches import Sampling, TaskBatches
 from lightning_custom.multitask.conflict import conflict
-from lightning_custom.multitask.gram import gram_matrix
+from lightning_custom.multitask.gram import gram_matrix, tasks_named
 from lightning_custom.multitask.jacobian import (
     Cut,
     aggregate_present,
@@ -274,7 +274,10 @@ def train(
                 # Gradients: each head's own, and each task's at the features; from there on they are made one.
                 fabric.backward(found.local.sum())
                 mean_gradients_(fabric, *modules.values())
-                gram = backward_through_trunk(fabric, config, state, method, passes, found.present, shared, rng.shared)
+                with tasks_named(tasks):
+                    gram = backward_through_trunk(
+                        fabric, config, state, method, passes, found.present, shared, rng.shared
+                    )
             state.optimizer.step()
             if isinstance(method, Weighting) and method.needs_losses_after:
                 with torch.no_grad():

@@ -3,6 +3,8 @@
 Shapes: T tasks, P parameters, A <= T tasks whose gradient is not zero, R <= A their rank.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,6 +24,23 @@ A few times the square of float32's rounding: two gradients that differ by less 
 """
 
 _CHUNK = 2**18
+
+
+class TaskNotFiniteError(NonFiniteError):
+    """The gradient of some ``tasks`` is not finite: their numbers, or their names."""
+
+    def __init__(self, tasks: Sequence[int | str]) -> None:
+        super().__init__(f"gradient of task {', '.join(map(str, tasks)) or '?'} is not finite")
+        self.tasks = tasks
+
+
+@contextmanager
+def tasks_named(names: Sequence[int | str]) -> Iterator[None]:
+    """Within the block, :class:`TaskNotFiniteError` has the ``names`` of the tasks and not their numbers."""
+    try:
+        yield
+    except TaskNotFiniteError as error:
+        raise TaskNotFiniteError([names[int(task)] for task in error.tasks]) from error
 
 
 def gram_matrix(jacobian: Tensor) -> Tensor:
@@ -60,12 +79,11 @@ class TaskGradients:
 
     @classmethod
     def from_gram(cls, gram: Tensor, method: str) -> "TaskGradients":
-        """Read a Gram matrix ``[T, T]``; :class:`NonFiniteError` names the tasks whose gradient is not finite."""
+        """Read a Gram matrix ``[T, T]``; :class:`TaskNotFiniteError` names the tasks whose gradient is not finite."""
         matrix: FloatArray = gram.detach().to("cpu", torch.float64).numpy()
         squares = matrix.diagonal()
         if not np.isfinite(matrix).all():
-            bad = np.flatnonzero(~np.isfinite(squares)).tolist()
-            raise NonFiniteError(f"gradient of task {', '.join(map(str, bad)) or '?'} is not finite")
+            raise TaskNotFiniteError(np.flatnonzero(~np.isfinite(squares)).tolist())
         tasks = np.flatnonzero(squares > 0)
         norms = np.sqrt(squares[tasks])
         cosines = matrix[np.ix_(tasks, tasks)] / norms / norms[:, None]

@@ -27,7 +27,7 @@ from lightning_custom.distributed import sum_over_processes
 from lightning_custom.errors import ConfigError
 from lightning_custom.layers import head_of
 from lightning_custom.multitask.aggregator import Aggregator, GramAggregator, aggregate
-from lightning_custom.multitask.gram import gram_matrix
+from lightning_custom.multitask.gram import gram_matrix, tasks_named
 from lightning_custom.precision import unwrap
 from lightning_custom.state import Stateful
 
@@ -170,7 +170,8 @@ def aggregate_present(
         whole = rows.new_zeros(len(present), rows.shape[1])
         whole[torch.tensor(present)] = rows
         return aggregate(aggregator, whole, generator)
-    direction, weights = aggregate(aggregator, rows, generator)
+    with tasks_named(_numbers(present)):
+        direction, weights = aggregate(aggregator, rows, generator)
     return direction, None if weights is None else _among(weights, present)
 
 
@@ -183,7 +184,12 @@ def weights_of_present(
     if isinstance(aggregator, Stateful):
         rows = torch.stack([_among(row, present) for row in gram])
         return aggregator.weights(torch.stack([_among(column, present) for column in rows.T]), generator)
-    return _among(aggregator.weights(gram, generator), present)
+    with tasks_named(_numbers(present)):
+        return _among(aggregator.weights(gram, generator), present)
+
+
+def _numbers(present: Sequence[bool]) -> list[int]:
+    return [task for task, is_there in enumerate(present) if is_there]
 
 
 def _among(values: Tensor, present: Sequence[bool]) -> Tensor:

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from lightning_custom.distributed import take_share
-from lightning_custom.errors import ConfigError
+from lightning_custom.errors import ConfigError, NonFiniteError
 from lightning_custom.multitask.aggregators import MGDA, UPGrad
 from lightning_custom.multitask.gram import gram_matrix
 from lightning_custom.multitask.jacobian import (
@@ -207,6 +207,17 @@ def test_an_absent_task_does_not_stop_an_aggregator_for_which_zero_means_still()
     # What it would do with a row of zeros.
     still, _ = aggregate_present(MGDA(), ROWS * torch.tensor(present)[:, None], [True] * 3, rng())
     assert torch.equal(still, torch.zeros(3, dtype=torch.float64))
+
+
+def test_a_gradient_that_is_not_finite_is_of_the_task_counted_among_all():
+    rows = ROWS.clone()
+    rows[2, 0] = torch.inf
+    present = [False, True, True]
+    for aggregator in (MGDA(), GradVac(3)):
+        with pytest.raises(NonFiniteError, match="gradient of task 2 is not finite"):
+            aggregate_present(aggregator, rows[present], present, rng())
+        with pytest.raises(NonFiniteError, match="gradient of task 2 is not finite"):
+            weights_of_present(aggregator, gram_matrix(rows[present]), present, rng())
 
 
 def test_an_aggregator_that_remembers_keeps_what_it_knows_of_absent_tasks():

@@ -18,7 +18,7 @@ from torchmetrics import MeanSquaredError, MetricCollection, PearsonCorrCoef
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lightning_custom.cli import command_line
-from lightning_custom.errors import ConfigError, SolverError
+from lightning_custom.errors import ConfigError, NonFiniteError, SolverError
 from lightning_custom.metrics import read_rows
 from lightning_custom.multitask.aggregator import aggregate
 from lightning_custom.multitask.aggregators import UPGrad
@@ -217,6 +217,15 @@ def test_a_task_without_any_label_stays_out_of_the_step(tmp_path):
         row = read_rows(tmp_path / method)[0]
         assert row["train/loss/kind"] is None
         assert row["train/accuracy/kind"] is None
+
+
+@pytest.mark.parametrize("gradients", ["exact", "features"])
+@pytest.mark.parametrize("method, absent", [("mgda", True), ("mgda", False), ("gradvac", True)])
+def test_the_task_whose_gradient_is_not_finite_is_named(method, absent, gradients, tmp_path):
+    inputs, kinds, places = samples()
+    parts = inputs, torch.full_like(kinds, MISSING) if absent else kinds, torch.full_like(places, math.inf)
+    with pytest.raises(NonFiniteError, match="step 1: gradient of task place is not finite"):
+        train(tmp_path, parts, method=method, gradients=gradients)
 
 
 @pytest.mark.parametrize("method", ["equal", "upgrad", "graddrop"])
