@@ -20,11 +20,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, defaul
 from lightning_custom.distributed import process_item, share
 from lightning_custom.errors import ConfigError
 from lightning_custom.loop import hash_seed
+from lightning_custom.precision import narrowed
 from lightning_custom.stopping import ignore_stop_signals
 
 
 class Batches:
     """Endless training batches, on the device; one field of a state, so that a resumed run reads on.
+
+    Numbers of float64, as NumPy makes them, come in torch's default dtype, float32, but in a run in ``64-true``.
 
     ``source`` is one of
 
@@ -74,7 +77,7 @@ class Batches:
             self._order = GlobalOrder(
                 len(source), batch_size, seed, fabric.global_rank, fabric.world_size, pass_size=pass_size
             )
-            self._tensors: tuple[Tensor, ...] | None = source.tensors if in_memory else None
+            self._tensors: tuple[Tensor, ...] | None = narrowed(fabric, source.tensors) if in_memory else None
             self._in_place = in_memory and all(tensor.device == fabric.device for tensor in source.tensors)
 
     def __iter__(self) -> Iterator[Any]:
@@ -112,11 +115,11 @@ class Batches:
             self._iterator = iter(loader)
             if self._num_workers:
                 atexit.register(_end_workers, weakref.ref(self._iterator))
-        return next(self._iterator)
+        return narrowed(self._fabric, next(self._iterator))
 
     def _next_of_iterable(self, position: int) -> Any:
         with _seeded(hash_seed(self._seed, position, "iterable", self._fabric.global_rank)):
-            return self._pull()
+            return narrowed(self._fabric, self._pull())
 
     def _pull(self) -> Any:
         for _ in range(2):
@@ -267,6 +270,8 @@ def evaluation_batches(
 ) -> Iterable[Any]:
     """Every sample of a map-style dataset once, on the device, in order, nothing padded or left out.
 
+    Numbers are of the dtypes of :class:`Batches`.
+
     Each process gets its part of each batch, so that all have the same number of batches and a model may communicate
     within one (FSDP). ``batch_size`` is global and the most; batches are of about equal size. Their parts may differ
     by a sample, so weigh means by it.
@@ -282,7 +287,7 @@ def evaluation_batches(
             # A batch of fewer samples than processes: some get none, in tensors of the right shape.
             batch = (collate or default_collate)([dataset[i] for i in index or [start]])
             batch = batch if index else apply_to_collection(batch, Tensor, lambda tensor: tensor[:0])
-        yield move_data_to_device(batch, fabric.device)
+        yield move_data_to_device(narrowed(fabric, batch), fabric.device)
 
 
 def require_map_style(field: str, data: Any) -> None:

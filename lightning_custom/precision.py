@@ -85,6 +85,13 @@ def bare(fabric: Fabric, module: nn.Module) -> Bare:
     return Bare(unwrap(module), fabric.strategy.precision)
 
 
+def narrowed(fabric: Fabric, batch: Any) -> Any:
+    """``batch`` with what is float64, as NumPy makes it, in torch's default dtype, unless the run is in ``64-true``."""
+    if isinstance(fabric.strategy.precision, DoublePrecision):
+        return batch
+    return apply_to_collection(batch, Tensor, _at_most_default)
+
+
 def refuse_loss_scale(fabric: Fabric, reason: str) -> None:
     """:class:`ConfigError` for ``16-mixed``, in a loop that does with gradients what a loss scale does not survive."""
     if getattr(fabric.strategy.precision, "scaler", None) is not None:
@@ -94,6 +101,10 @@ def refuse_loss_scale(fabric: Fabric, reason: str) -> None:
 def unwrap(module: nn.Module) -> nn.Module:
     """The module that was given to ``fabric.setup``; a module that is not wrapped comes back as it is."""
     return module.module if isinstance(module, _FabricModule) else module
+
+
+def _at_most_default(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.get_default_dtype()) if tensor.dtype is torch.float64 else tensor
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

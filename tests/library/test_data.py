@@ -15,7 +15,9 @@ from lightning_custom.testing import single_process
 
 
 def process(rank=0, world_size=1):
-    return SimpleNamespace(global_rank=rank, world_size=world_size, device=torch.device("cpu"))
+    return SimpleNamespace(
+        global_rank=rank, world_size=world_size, device=torch.device("cpu"), strategy=single_process().strategy
+    )
 
 
 class Indices(Dataset):
@@ -186,6 +188,45 @@ def test_a_subclass_or_a_collate_function_of_ones_own_is_not_passed_over():
         (-values).tolist()
     ]
     assert list(evaluation_batches(process(), TensorDataset(values), batch_size=4, collate=len)) == [3, 3]
+
+
+class OfNumPy(Dataset):
+    """A real input and a real target of float64, an integer and its name."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return np.full(2, index / 3), {"place": index / 3, "kind": index, "name": str(index)}
+
+
+@pytest.mark.parametrize("precision, expected", [("32-true", torch.float32), ("64-true", torch.float64)])
+def test_numbers_of_numpy_come_in_the_precision_of_the_run(precision, expected):
+    fabric = single_process(precision)
+    thirds = torch.arange(6, dtype=torch.float64).div(3).to(expected)
+    loader = DataLoader(OfNumPy(), batch_size=6)
+    found = [
+        next(Batches(fabric, OfNumPy(), batch_size=6, seed=0)),
+        next(Batches(fabric, loader, batch_size=6, seed=0)),
+    ]
+    for inputs, targets in [*found, *evaluation_batches(fabric, OfNumPy(), batch_size=6)]:
+        assert torch.equal(targets["place"], thirds[targets["kind"]])
+        assert torch.equal(inputs, targets["place"].unsqueeze(1).expand(6, 2))
+        assert (inputs.dtype, targets["place"].dtype, targets["kind"].dtype) == (expected, expected, torch.int64)
+        assert targets["name"] == [str(kind) for kind in targets["kind"].tolist()]
+    whole = TensorDataset(torch.arange(6, dtype=torch.float64).div(3), torch.arange(6))
+    for values, index in [
+        next(Batches(fabric, whole, batch_size=6, seed=0)),
+        *evaluation_batches(fabric, whole, batch_size=6),
+    ]:
+        assert values.dtype is expected
+        assert torch.equal(values, thirds[index])
+
+
+def test_where_float64_is_the_default_numbers_stay_in_it():
+    torch.set_default_dtype(torch.float64)
+    inputs, _ = next(Batches(single_process(), OfNumPy(), batch_size=6, seed=0))
+    assert inputs.dtype is torch.float64
 
 
 class Counter:

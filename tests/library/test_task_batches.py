@@ -10,7 +10,7 @@ from lightning_custom.data import Batches, GlobalOrder
 from lightning_custom.errors import ConfigError
 from lightning_custom.multitask.batches import TaskBatches
 from lightning_custom.state import capture, capture_items, mismatches, restore_
-from lightning_custom.testing import first_difference
+from lightning_custom.testing import first_difference, single_process
 
 SIZES = {"depth": 40, "edges": 10, "normals": 25}
 SAMPLED = {
@@ -22,7 +22,9 @@ every_sampling = pytest.mark.parametrize("sampling", ["cycle", "shortest", *SAMP
 
 
 def process(rank=0, world_size=1):
-    return SimpleNamespace(global_rank=rank, world_size=world_size, device=torch.device("cpu"))
+    return SimpleNamespace(
+        global_rank=rank, world_size=world_size, device=torch.device("cpu"), strategy=single_process().strategy
+    )
 
 
 def sources(sizes=SIZES):
