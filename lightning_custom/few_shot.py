@@ -145,6 +145,11 @@ def one_after_another(share: Sequence[Tensor], *, all_at_once: bool, largest: in
     return list(zip(*(tensor.split(size) for tensor in share), strict=True))
 
 
+def at_once(fabric: Fabric, tasks_at_once: int, meta_batch_size: int) -> int:
+    """Most held-out tasks that a process computes at once: as many as in training, which fit its memory."""
+    return tasks_at_once or -(-meta_batch_size // fabric.world_size)
+
+
 def mean_over_tasks(found: Sequence[Mapping[str, Tensor]], number: int) -> dict[str, Tensor]:
     """Sums by tag over parts of the tasks, as means over their ``number``."""
     return {tag: torch.stack([sums[tag] for sums in found]).sum() / number for tag in found[0]}

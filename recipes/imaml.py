@@ -40,6 +40,7 @@ from lightning_custom.few_shot import (
     accuracies,
     are_classes,
     as_leaves,
+    at_once,
     draw_tasks,
     few_shot_network,
     held_out_scores,
@@ -107,7 +108,7 @@ class IMAMLConfig(RunConfig):
     task_batching: Literal["vmap", "loop"] = "vmap"
     """Tasks at once, or one after another."""
     tasks_at_once: int = 0
-    """Most tasks that are computed at once, to save memory; 0: all that a process has."""
+    """Most tasks that are computed at once, to save memory; 0: a process's share of a meta-batch."""
     threads: int | None = 1
     """CPU threads of each process: one is fastest for small networks."""
     val_tasks: int = 200
@@ -343,10 +344,11 @@ def evaluate(
 ) -> dict[str, float]:
     """Scores on ``number`` held-out tasks along ``test_steps`` updates of the inner loop."""
     task_model = over_tasks(fabric, config, model)
+    largest = at_once(fabric, config.tasks_at_once, config.meta_batch_size)
     with evaluating(model):
         return held_out_scores(
             fabric, learner(config, task_model, loss), tasks, number, loss, name,
-            all_at_once=task_model.together, largest=config.tasks_at_once, after=about_ten(config.test_steps),
+            all_at_once=task_model.together, largest=largest, after=about_ten(config.test_steps),
         )  # fmt: skip
 
 

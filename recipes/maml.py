@@ -42,6 +42,7 @@ from lightning_custom.few_shot import (
     Statistics,
     accuracies,
     are_classes,
+    at_once,
     draw_tasks,
     few_shot_network,
     held_out_scores,
@@ -114,7 +115,7 @@ class MAMLConfig(RunConfig):
     task_batching: Literal["auto", "vmap", "loop"] = "auto"
     """Tasks at once, or one after another; auto: the latter for exact_reduction, and 16 images of omniglot on a CPU."""
     tasks_at_once: int = 0
-    """Most tasks that are computed at once, to save memory; 0: all that a process has."""
+    """Most tasks that are computed at once, to save memory; 0: a process's share of a meta-batch."""
     checkpoint_inner: bool = False
     """Compute inner steps again in the backward pass, to save memory where there are many."""
     exact_reduction: bool = False
@@ -442,13 +443,21 @@ def over_tasks(fabric: Fabric, config: MAMLConfig, model: nn.Module) -> TaskMode
 def joint_step(fabric: Fabric, config: MAMLConfig, state: MAMLState, loss: TaskLoss, share: Sequence[Tensor]) -> None:
     """The baseline's update: support and query samples of all tasks as one regression or classification."""
     model, optimizer = cast("nn.Module", state.joint), cast("Optimizer", state.joint_optimizer)
-    support_inputs, support_targets, query_inputs, query_targets = share
-    inputs, targets = torch.cat([support_inputs, query_inputs], 1), torch.cat([support_targets, query_targets], 1)
+    learned, of_each_task = [part for part in model.parameters() if part.requires_grad], []
+    weight = (1 if config.exact_reduction else fabric.world_size) / config.meta_batch_size
     # Task by task, for batch normalisation: statistics of a share would depend on the number of processes.
-    outputs = over_tasks(fabric, config, model)(inputs, initial_of(model))
+    task_model = over_tasks(fabric, config, model)
     optimizer.zero_grad()
-    fabric.backward(loss(outputs, targets).sum() * (fabric.world_size / config.meta_batch_size))
-    mean_gradients_(fabric, model)
+    for part in one_after_another(share, all_at_once=task_model.together, largest=config.tasks_at_once):
+        support_inputs, support_targets, query_inputs, query_targets = part
+        inputs, targets = torch.cat([support_inputs, query_inputs], 1), torch.cat([support_targets, query_targets], 1)
+        fabric.backward(loss(task_model(inputs, initial_of(model)), targets).sum() * weight)
+        if config.exact_reduction:
+            of_each_task.append(take_gradient_(learned))
+    if config.exact_reduction:
+        sum_in_fixed_order_(fabric, learned, of_each_task)
+    else:
+        mean_gradients_(fabric, model)
     optimizer.step()
 
 
@@ -480,10 +489,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Scores on ``number`` held-out tasks along ``test_steps`` updates of the inner loop."""
     learned, all_at_once = learner(fabric, config, model, rates, loss), over_tasks(fabric, config, model).together
+    largest = at_once(fabric, config.tasks_at_once, config.meta_batch_size)
     with evaluating(model), torch.enable_grad():
-        return held_out_scores(
-            fabric, learned, tasks, number, loss, name, all_at_once=all_at_once, largest=config.tasks_at_once
-        )
+        return held_out_scores(fabric, learned, tasks, number, loss, name, all_at_once=all_at_once, largest=largest)
 
 
 def learner(fabric: Fabric, config: MAMLConfig, model: nn.Module, rates: nn.Module | None, loss: TaskLoss) -> Learner:

@@ -44,6 +44,7 @@ from lightning_custom.few_shot import (
     Sampler,
     accuracies,
     are_classes,
+    at_once,
     draw_tasks,
     few_shot_network,
     held_out_scores,
@@ -123,7 +124,7 @@ class MAMLPlusPlusConfig(RunConfig):
     task_batching: Literal["vmap", "loop"] = "vmap"
     """Tasks at once, or one after another."""
     tasks_at_once: int = 0
-    """Most tasks that are computed at once, to save memory; 0: all that a process has."""
+    """Most tasks that are computed at once, to save memory; 0: a process's share of a meta-batch."""
     compile: bool = False
     """Compile the outer gradient."""
     threads: int | None = 1
@@ -454,10 +455,11 @@ def evaluate(
 ) -> dict[str, float]:
     """Scores on ``number`` held-out tasks along ``test_steps`` updates of the inner loop."""
     model = over_tasks(fabric, config, state.model)
+    largest = at_once(fabric, config.tasks_at_once, config.meta_batch_size)
     with evaluating(state.model), torch.enable_grad():
         return held_out_scores(
             fabric, learner(config, model, by_name(state.rates), loss), tasks, number, loss, name,
-            all_at_once=model.together, largest=config.tasks_at_once,
+            all_at_once=model.together, largest=largest,
         )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from lightning_custom.few_shot import (
     Statistics,
     about_ten,
     as_leaves,
+    at_once,
     draw_tasks,
     few_shot_network,
     held_out_scores,
@@ -106,7 +107,7 @@ class ReptileConfig(RunConfig):
     task_batching: Literal["vmap", "loop"] = "vmap"
     """Tasks at once, or one after another."""
     tasks_at_once: int = 0
-    """Most tasks that are computed at once, to save memory; 0: all that a process has."""
+    """Most tasks that are computed at once, to save memory; 0: a process's share of a meta-batch."""
     threads: int | None = 1
     """CPU threads of each process: one is fastest for small networks."""
     val_tasks: int = 200
@@ -140,6 +141,7 @@ class ReptileConfig(RunConfig):
 OMNIGLOT: dict[str, Any] = {
     "data": "omniglot", "width": 64, "threads": None, "meta_batch_size": 5, "inner_optimizer": "adam",
     "train_shots": 10, "query_shots": 1, "test_steps": 50, "batch_statistics": "both", "val_tasks": 100,
+    "tasks_at_once": 100,
 }  # fmt: skip
 FIVE_WAY = OMNIGLOT | {
     "ways": 5, "steps": 100000, "inner_lr": 0.001, "inner_steps": 5, "inner_batch_size": 10, "test_batch_size": 5,
@@ -151,6 +153,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sinusoid": {},
     "sinusoid-paper": {
         "steps": 30000, "meta_batch_size": 1, "lr": 0.1, "test_steps": 32, "width": 64, "validate_every": 5000,
+        "tasks_at_once": 100,
     },
     "omniglot-5way-1shot": FIVE_WAY | {"shots": 1},
     "omniglot-5way-5shot": FIVE_WAY | {"shots": 5},
@@ -332,10 +335,11 @@ def evaluate(
 ) -> dict[str, float]:
     """Scores on ``number`` held-out tasks along ``test_steps`` updates of the inner loop."""
     task_model = over_tasks(fabric, config, model)
+    largest = at_once(fabric, config.tasks_at_once, config.meta_batch_size)
     with evaluating(model):
         return held_out_scores(
             fabric, learner(config, task_model, loss), tasks, number, loss, name,
-            all_at_once=task_model.together, largest=config.tasks_at_once, after=about_ten(config.test_steps),
+            all_at_once=task_model.together, largest=largest, after=about_ten(config.test_steps),
         )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def parameters(state):
 
 
 def gradient(state):
-    return flat(part.grad.double() for part in state.model.parameters())
+    return flat(part.grad.double() for module in (state.model, state.joint) if module for part in module.parameters())
 
 
 def plain_run(config, losses, steps):
@@ -84,7 +84,7 @@ def test_a_run_that_needs_less_memory_goes_on_with_a_warning_and_with_another_te
 # Processes
 
 
-VARIANTS = {"plain": {}, "learned-rates": {"learn_inner_lr": True, "inner_steps": 2}}
+VARIANTS = {"plain": {"joint": True}, "learned-rates": {"learn_inner_lr": True, "inner_steps": 2}}
 
 
 def exact_and_not(fabric, folder):
@@ -215,13 +215,27 @@ def test_the_logged_loss_is_the_mean_query_loss_over_tasks_after_the_inner_loop(
     assert read_rows(tmp_path)[0]["loss/query"] == pytest.approx(sum(expected) / 5, rel=1e-5)
 
 
-@pytest.mark.parametrize("fields", [{"tasks_at_once": 2}, {"task_batching": "loop"}])
-def test_how_tasks_are_computed_changes_no_gradient(fields, tmp_path):
+@pytest.mark.parametrize("fields", [{"tasks_at_once": 2}, {"task_batching": "loop"}, {"exact_reduction": True}])
+def test_how_tasks_are_computed_changes_no_gradient_and_no_score_but_by_rounding(fields, tmp_path):
+    settings = {"steps": 1, "precision": "64-true", "joint": True, "meta_batch_size": 3}
     one, other = (
-        gradient(train(single_process("64-true"), tmp_path / str(i), steps=1, precision="64-true", **changed))
+        train(single_process("64-true"), tmp_path / str(i), **settings, **changed)
         for i, changed in enumerate(({}, fields))
     )
-    torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(gradient(one), gradient(other), rtol=1e-10, atol=1e-14)
+    scores = [next(row for row in read_rows(tmp_path / str(i)) if "val/loss" in row) for i in range(2)]
+    names = [name for name in scores[0] if name.startswith(("val/", "joint/"))]
+    assert len(names) == 12
+    assert [scores[0][name] for name in names] == pytest.approx([scores[1][name] for name in names], rel=1e-10)
+
+
+@pytest.mark.parametrize("asked, most", [(0, 3), (2, 2), (4, 4)])
+def test_no_more_tasks_are_computed_at_once_than_in_training_or_as_asked(asked, most, tmp_path, monkeypatch):
+    """Of the baseline, and on held-out tasks, of which there are more than in a meta-batch."""
+    seen, call = [], TaskModel.__call__
+    monkeypatch.setattr(TaskModel, "__call__", lambda self, *given: (seen.append(len(given[0])), call(self, *given))[1])
+    train(single_process(), tmp_path, steps=1, joint=True, meta_batch_size=3, tasks_at_once=asked)
+    assert max(seen) == most
 
 
 # Recomputed inner steps
