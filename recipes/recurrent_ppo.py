@@ -74,8 +74,9 @@ class RecurrentPPOConfig(RunConfig):
     """Steps between two checkpoints; 0: only at the end or when stopped."""
     env: str = "CartPole-v1"
     """Environment, by its name in gymnasium's registry."""
-    hide: tuple[int, ...] = (1, 3)
-    """Components of the observation that the agent does not see; of CartPole, 1 and 3 are the velocities."""
+    hide: tuple[int, ...] | None = None
+    """Components of the observation that the agent does not see; none: CartPole's velocities, [1, 3], and of another
+    environment nothing."""
     num_envs: int = 16
     """Environments, over all processes."""
     rollout_steps: int = 32
@@ -397,15 +398,20 @@ def networks(
     )
 
 
+def hidden(config: RecurrentPPOConfig) -> tuple[int, ...]:
+    """The components that the agent does not see."""
+    if config.hide is None:
+        return (1, 3) if config.env.startswith("CartPole-") else ()
+    return tuple(config.hide)
+
+
 def main(config: RecurrentPPOConfig) -> str:
     """Train, test the best checkpoint on episodes of its own, and print what came out; returns the run's directory."""
     fabric = launch(config)
     config = with_run_dir(fabric, config)
-    make_env, test_env = (
-        MakeEnvironment(config.env, evaluation, hide=tuple(config.hide)) for evaluation in (False, True)
-    )
-    if config.hide and fabric.global_rank == 0:  # another env may not be meant to hide what CartPole does
-        print(f"hide: components {', '.join(map(str, config.hide))} of the observations of {config.env}", flush=True)
+    make_env, test_env = (MakeEnvironment(config.env, evaluation, hide=hidden(config)) for evaluation in (False, True))
+    if hidden(config) and fabric.global_rank == 0:
+        print(f"hide: components {', '.join(map(str, hidden(config)))} of the observations of {config.env}", flush=True)
     started = time.perf_counter()
     state = train(fabric, config, make_env=make_env, val_env=test_env)
     if state.step == config.steps:
@@ -421,7 +427,7 @@ def main(config: RecurrentPPOConfig) -> str:
 def enjoy(request: EnjoyConfig) -> None:
     """Write the picture that ``request`` asks for, and print the returns."""
     config = config_of_run(RecurrentPPOConfig, request.run_dir, seed=request.seed, **ONE_PROCESS)
-    env = MakeEnvironment(config.env, evaluation=True, render_mode="rgb_array", hide=tuple(config.hide))()
+    env = MakeEnvironment(config.env, evaluation=True, render_mode="rgb_array", hide=hidden(config))()
     fabric, agent = launch(config), networks(config, env.observation_space, action_distribution(env.action_space))
     agent.load_state_dict(load_module(request.run_dir, "agent", which=request.which))
     show_episodes(request, env, player(fabric, config, agent, env.action_space))

@@ -484,7 +484,7 @@ class RecurrentPPOCase(recurrent_ppo.RecurrentPPOConfig):
 
 def run_recurrent_ppo(fabric: Fabric, config: recurrent_ppo.RecurrentPPOConfig) -> recurrent_ppo.RecurrentPPOState:
     own = getattr(config, "own", "")
-    make_env = choices if own == "mixed" else MakeEnvironment(config.env, hide=tuple(config.hide))
+    make_env = choices if own == "mixed" else MakeEnvironment(config.env, hide=recurrent_ppo.hidden(config))
     return recurrent_ppo.train(fabric, config, make_env=make_env)
 
 

@@ -138,7 +138,7 @@ def train_recurrent_ppo(fabric, run_dir):
     config = recurrent_ppo.RecurrentPPOConfig(
         run_dir=str(run_dir), stop_at=STEPS, log_every=1, validate_every=0, accelerator="cpu"
     )
-    recurrent_ppo.train(fabric, config, make_env=MakeEnvironment(config.env, hide=config.hide))
+    recurrent_ppo.train(fabric, config, make_env=MakeEnvironment(config.env, hide=recurrent_ppo.hidden(config)))
     return config
 
 

@@ -290,6 +290,21 @@ def test_an_agent_without_a_memory_is_refused(tmp_path):
 # The recipe's own commands
 
 
+@pytest.mark.parametrize(
+    "fields, components",
+    [
+        ({}, (1, 3)),
+        ({"env": "CartPole-v0"}, (1, 3)),
+        ({"env": "Acrobot-v1"}, ()),
+        ({"env": "Acrobot-v1", "hide": [1, 3]}, (1, 3)),
+        ({"hide": ()}, ()),
+        (recurrent_ppo.PRESETS["pendulum"], (2,)),
+    ],
+)
+def test_only_of_cartpole_something_is_hidden_unasked(fields, components):
+    assert recurrent_ppo.hidden(recurrent_ppo.RecurrentPPOConfig(**fields)) == components
+
+
 def test_a_trained_agent_is_shown(tmp_path, capsys):
     settings = config(num_envs=2, rollout_steps=8, epochs=1, steps=2, test_episodes=2, run_dir=str(tmp_path / "run"))
     assert recurrent_ppo.main(settings) == str(tmp_path / "run")
