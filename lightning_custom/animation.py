@@ -1,5 +1,6 @@
 """Episodes as an animated picture: what ``enjoy`` writes."""
 
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from lightning_custom.environments.arrays import Array, each_action
 from lightning_custom.environments.evaluation import LONGEST, Actor, as_act
 from lightning_custom.environments.layers import Environment
 from lightning_custom.errors import ConfigError
-from lightning_custom.sampling import require_ending
+from lightning_custom.output_file import require_ending, write_file
 
 ONE_PROCESS: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
 """Settings of a run that ``enjoy`` replaces, however it was trained."""
@@ -75,13 +76,12 @@ def write_animation(env: Environment, act: Actor, path: str, episodes: int, *, s
             total, steps, ended = total + float(reward), steps + 1, terminated or truncated
         returns.append(total)
     rate = env.metadata.get("render_fps") or 30
-    try:
-        # 20 ms is the shortest that viewers show.
-        frames[0].save(
-            path, format="GIF", save_all=True, append_images=frames[1:], duration=max(1000 // rate, 20), loop=0
-        )
-    except OSError as problem:
-        raise ConfigError(f"out: cannot write {path} ({problem.strerror}); choose another with --out") from problem
+    buffer = io.BytesIO()
+    # 20 ms is the shortest that viewers show.
+    frames[0].save(
+        buffer, format="GIF", save_all=True, append_images=frames[1:], duration=max(1000 // rate, 20), loop=0
+    )
+    write_file(Path(path), buffer.getvalue())
     return returns
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_custom.config import require_at_least
 from lightning_custom.errors import ConfigError
 from lightning_custom.events import png_bytes
+from lightning_custom.output_file import require_ending, write_file
 from lightning_custom.pictures import image_grid
 
 FILES = (".png", ".npy", ".npz")
@@ -71,19 +72,13 @@ def sampler(generator: nn.Module, *, conditional: bool, device: torch.device) ->
     return sample
 
 
-def require_ending(path: Path, endings: tuple[str, ...] = FILES) -> None:
-    """:class:`ConfigError` for a file whose name says that it is of another kind; ask before the work."""
-    if path.suffix not in endings:
-        raise ConfigError(f"out: {path} does not end in {' or '.join(endings)}; choose another with --out")
-
-
 def write_samples(path: Path, images: Tensor, labels: Tensor, columns: int) -> None:
     """Write images ``[N, C, H, W]`` in [-1, 1] as a picture of a grid, or as an array.
 
     ``.png``: rows of ``columns``. ``.npy``: uint8 ``[N, H, W, C]``. ``.npz``: that as ``images``, and ``labels``.
     :class:`ConfigError` for another ending, and where the file cannot be written.
     """
-    require_ending(path)
+    require_ending(path, FILES)
     unit = (images.detach().cpu() + 1) / 2
     buffer = io.BytesIO()
     if path.suffix == ".png":
@@ -94,10 +89,7 @@ def write_samples(path: Path, images: Tensor, labels: Tensor, columns: int) -> N
             np.save(buffer, pixels)
         else:
             np.savez_compressed(buffer, images=pixels, labels=labels.cpu().numpy())
-    try:
-        path.write_bytes(buffer.getvalue())
-    except OSError as error:
-        raise ConfigError(f"out: cannot write {path} ({error.strerror}); choose another with --out") from error
+    write_file(path, buffer.getvalue())
 
 
 @dataclass(frozen=True, kw_only=True)

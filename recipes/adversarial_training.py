@@ -44,11 +44,11 @@ from lightning_custom.launch import launch
 from lightning_custom.loop import due, hash_seed, seed_step
 from lightning_custom.metrics import MetricLogger, is_logged
 from lightning_custom.networks import ConvClassifier
+from lightning_custom.output_file import require_ending, write_file
 from lightning_custom.pictures import captioned, image_grid
 from lightning_custom.precision import Bare, bare, unwrap
 from lightning_custom.progress import Progress
 from lightning_custom.run import complete_already, config_of_run
-from lightning_custom.sampling import require_ending
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -488,10 +488,7 @@ def attack(request: AttackConfig) -> None:
     captions = [[str(int(k)) for k in part] for part in (before, after)] + [[""] * len(labels)]
     rows = side_by_side(inputs, perturbed).flatten(0, 1)
     tiles = captioned(rows, [caption for row in captions for caption in row], scale=max(1, 64 // rows.shape[-1]))
-    try:
-        Path(request.out).write_bytes(png_bytes(image_grid(tiles, len(labels))))
-    except OSError as error:
-        raise ConfigError(f"out: cannot write {request.out} ({error.strerror}); choose another with --out") from error
+    write_file(Path(request.out), png_bytes(image_grid(tiles, len(labels))))
     right, kept = int((before == labels).sum()), int((after == labels).sum())
     print(f"{len(labels)} samples, {right} right before and {kept} after the attack: {request.out}")
 

@@ -43,11 +43,12 @@ from lightning_custom.image_data import ImageData, image_classifier, image_shape
 from lightning_custom.launch import launch
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import MetricLogger
+from lightning_custom.output_file import require_ending
 from lightning_custom.pictures import image_grid
 from lightning_custom.precision import Bare, unwrap
 from lightning_custom.progress import Progress
 from lightning_custom.run import complete_already, config_of_run
-from lightning_custom.sampling import DrawConfig, require_ending, write_samples
+from lightning_custom.sampling import FILES, DrawConfig, write_samples
 
 Generate = Callable[[Tensor, Tensor], Tensor]
 """``(noise [N, ...], labels [N]) -> samples``: this process's share of them, of noise and labels for all processes."""
@@ -449,7 +450,7 @@ class SampleConfig(DrawConfig):
 
 def sample(request: SampleConfig) -> None:
     """Write the file that ``request`` asks for."""
-    require_ending(Path(request.out))
+    require_ending(Path(request.out), FILES)
     asked = {name: getattr(request, name) for name in ("sample_steps", "eta", "guidance")}
     changes = {name: value for name, value in asked.items() if value is not None}
     config = config_of_run(DiffusionConfig, request.run_dir, **changes)

@@ -54,13 +54,14 @@ from lightning_custom.logits import show_logits
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import MetricLogger
 from lightning_custom.mode_collapse import mode_collapse
+from lightning_custom.output_file import require_ending
 from lightning_custom.parts import WHOLE, Part, mean_over_parts, parts, require_parts
 from lightning_custom.penalties import Judge, Verdict, needs_input_gradient, penalties
 from lightning_custom.pictures import image_grid
 from lightning_custom.precision import Bare, bare, refuse_loss_scale, unwrap
 from lightning_custom.progress import Progress
 from lightning_custom.run import complete_already, config_of_run
-from lightning_custom.sampling import SampleConfig, require_ending, sampler, write_samples
+from lightning_custom.sampling import FILES, SampleConfig, sampler, write_samples
 
 Scores = Callable[[Callable[[Tensor, Tensor], Tensor]], dict[str, float]]
 """Scores ``generate(latents, labels) -> images``, on every process alike."""
@@ -578,7 +579,7 @@ def summary(config: GANConfig, state: GANState, rate: float, preparing: float, t
 
 def sample(request: SampleConfig) -> None:
     """Write the file that ``request`` asks for."""
-    require_ending(Path(request.out))
+    require_ending(Path(request.out), FILES)
     config = config_of_run(GANConfig, request.run_dir)
     generator = trained_generator(config, load_module(request.run_dir, request.weights, which=request.which))
     latents, labels, columns = request.inputs(config.latent_size, config.num_classes)
