@@ -1,6 +1,9 @@
 """What all tests share: one thread, so that several tests beside each other do not slow each other down."""
 
 import os
+import tempfile
+from functools import partial
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -41,3 +44,12 @@ def _torch_as_it_was():
 def _cache(tmp_path_factory):
     """The feature extractor is cached for the session, never in the user's home."""
     os.environ["LIGHTNING_CUSTOM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _replays(tmp_path_factory):
+    """A step that is done again is done in pytest's own folders, and leaves nothing in the temporary directory."""
+    with pytest.MonkeyPatch.context() as patch:
+        here = partial(tempfile.mkdtemp, dir=tmp_path_factory.mktemp("replays"))
+        patch.setattr("lightning_custom.replay.tempfile", SimpleNamespace(mkdtemp=here))
+        yield
