@@ -18,6 +18,12 @@ def head_of(module: nn.Module) -> str:
     return f"{layers[-1]}." if any(layers) else ""
 
 
+def require_trainable(field: str, *networks: nn.Module) -> None:
+    """:class:`ConfigError` where all parameters are frozen, or there are none, which torch says less clearly."""
+    if not any(parameter.requires_grad for network in networks for parameter in network.parameters()):
+        raise ConfigError(f"{field}: no parameter to train; give a network with some whose requires_grad is true")
+
+
 def freeze_(module: nn.Module, prefixes: Sequence[str]) -> None:
     """Keep the parameters whose names begin with one of ``prefixes`` as they are."""
     for prefix in prefixes:

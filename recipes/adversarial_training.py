@@ -41,6 +41,7 @@ from lightning_custom.errors import ConfigError
 from lightning_custom.evaluation import evaluating
 from lightning_custom.events import png_bytes
 from lightning_custom.launch import launch
+from lightning_custom.layers import require_trainable
 from lightning_custom.loop import due, hash_seed, seed_step
 from lightning_custom.metrics import MetricLogger, is_logged
 from lightning_custom.networks import ConvClassifier
@@ -167,6 +168,7 @@ def train(
         require_map_style("val_data", val_data)
     refuse_unread(config, {"weight_decay": optimizer is not None and "the optimizer is your own; set it there"})
     make_optimizer = optimizer or (lambda parameters: AdamW(parameters, config.lr, weight_decay=config.weight_decay))
+    require_trainable("model", model)
     model = fabric.setup_module(model)
     classify = bare(fabric, model)
     state = AdversarialTrainingState(

@@ -39,6 +39,7 @@ from lightning_custom.evaluation import computed, evaluating
 from lightning_custom.functional import mixup
 from lightning_custom.gradients import sam_ascent
 from lightning_custom.launch import launch
+from lightning_custom.layers import require_trainable
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import MetricLogger, is_logged
 from lightning_custom.networks import ConvClassifier
@@ -189,6 +190,7 @@ def train(
     loss = loss or partial(cross_entropy, label_smoothing=config.label_smoothing)
     if config.compile:
         model.compile()
+    require_trainable("model", model)
     model = fabric.setup_module(model)
     make_optimizer = optimizer or default_optimizer(config)
     state = ClassificationState(

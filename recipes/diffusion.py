@@ -41,6 +41,7 @@ from lightning_custom.errors import ConfigError
 from lightning_custom.generation import GenerationScores, score_lines
 from lightning_custom.image_data import ImageData, image_classifier, image_shapes, load_image_data
 from lightning_custom.launch import launch
+from lightning_custom.layers import require_trainable
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import MetricLogger
 from lightning_custom.output_file import require_ending
@@ -200,6 +201,7 @@ def train(
         denoiser.compile()
     if isinstance(fabric.strategy, (FSDPStrategy, ModelParallelStrategy)):
         raise ConfigError("strategy: fsdp leaves no process with the weights to average; use ddp, or auto")
+    require_trainable("denoiser", denoiser)
     denoiser, optimizer = fabric.setup(denoiser, Adam(denoiser.parameters(), config.lr, fused=can_fuse(fabric)))
     own = Bare(unwrap(denoiser), fabric.strategy.precision)
     predict = denoiser if averages_by_itself(fabric) else own

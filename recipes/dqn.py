@@ -40,6 +40,7 @@ from lightning_custom.errors import ConfigError
 from lightning_custom.evaluation import evaluating
 from lightning_custom.gradients import clip_norm_
 from lightning_custom.launch import launch
+from lightning_custom.layers import require_trainable
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import STEPS_PER_SECOND, MetricLogger
 from lightning_custom.numpy_network import acting_network
@@ -172,6 +173,7 @@ def train(
     warn_if_inexact(fabric, envs)
     actions_from, num_actions = choices(envs.action_space)
     module = q_network if q_network is not None else network(config, envs.observation_space, num_actions)
+    require_trainable("q_network", module)
     model, optimizer = fabric.setup(module, Adam(module.parameters(), config.lr, fused=True))
     replay = ReplayBuffer(
         fabric, config.run_dir, capacity=config.capacity, num_envs=config.num_envs,

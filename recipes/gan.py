@@ -50,6 +50,7 @@ from lightning_custom.image_data import ImageData, image_classifier, image_shape
 from lightning_custom.image_networks import discriminator_network, generator_network
 from lightning_custom.inception import inception_features
 from lightning_custom.launch import launch
+from lightning_custom.layers import require_trainable
 from lightning_custom.logits import show_logits
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import MetricLogger
@@ -288,6 +289,8 @@ def train(
     """
     config, loss, (g_rate, d_rate) = with_run_dir(fabric, config), LOSSES[config.loss], learning_rates(config)
     require_parts(fabric, config.batch_size, config.accumulate)
+    require_trainable("generator", generator)
+    require_trainable("discriminator", discriminator)
     g_optimizer = Adam(generator.parameters(), config.g_lr, config.g_betas, fused=True)
     d_lr, d_betas = lazy_adam(config.d_lr, config.d_betas, config.penalty_every)
     d_optimizer = Adam(discriminator.parameters(), d_lr, d_betas, fused=True)

@@ -61,6 +61,7 @@ from lightning_custom.few_shot import (
     with_parameters,
 )
 from lightning_custom.launch import launch
+from lightning_custom.layers import require_trainable
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import MetricLogger
 from lightning_custom.precision import Bare, bare, unwrap
@@ -184,6 +185,7 @@ def train(
     config, losses = with_run_dir(fabric, config), per_task(loss)
     require_a_task_each(fabric, config.meta_batch_size)
     require_safe_norms(model)
+    require_trainable("model", model)
     model = fabric.setup_module(model)
     state = IMAMLState(
         model=model,

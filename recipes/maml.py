@@ -60,7 +60,7 @@ from lightning_custom.few_shot import (
 )
 from lightning_custom.inner_optimizers import INNER_OPTIMIZERS, LearnedRates, Memory, Parameters, clip_each_task
 from lightning_custom.launch import launch
-from lightning_custom.layers import freeze_, head_of
+from lightning_custom.layers import freeze_, head_of, require_trainable
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import MetricLogger
 from lightning_custom.precision import Bare, bare, refuse_loss_scale, unwrap
@@ -220,6 +220,7 @@ def train(
     require_a_task_each(fabric, config.meta_batch_size)
     require_safe_norms(model)
     freeze_(model, config.frozen)
+    require_trainable("model", model)
     joint = copy.deepcopy(model)
     rates = learned_rates(config, model)
     model, rates = fabric.setup_module(model), rates and fabric.setup_module(rates)

@@ -61,6 +61,7 @@ from lightning_custom.few_shot import (
 )
 from lightning_custom.inner_optimizers import LearnedRates, Parameters, clip_each_task
 from lightning_custom.launch import launch
+from lightning_custom.layers import require_trainable
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import MetricLogger
 from lightning_custom.precision import Bare, bare, refuse_loss_scale, unwrap
@@ -207,6 +208,7 @@ def train(
     """
     config, losses = with_run_dir(fabric, config), per_task(loss)
     require_a_task_each(fabric, config.meta_batch_size)
+    require_trainable("model", model)
     model = with_norms(config, model)
     rates = learned_rates(config, model)
     model, rates = fabric.setup_module(model), rates and fabric.setup_module(rates)

@@ -36,6 +36,7 @@ from lightning_custom.distributed import mean_gradients_
 from lightning_custom.errors import ConfigError
 from lightning_custom.evaluation import computed, evaluating
 from lightning_custom.launch import launch
+from lightning_custom.layers import require_trainable
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import MetricLogger, is_logged
 from lightning_custom.multitask.aggregator import Aggregator, GramAggregator
@@ -213,6 +214,7 @@ def train(
             others = ", ".join(method.tasks)
             raise ConfigError(f"method: of tasks {others}; give those of the heads in their order: {', '.join(tasks)}")
         method.to(fabric.device, torch.float32 if fabric.device.type == "mps" else None)
+    require_trainable("trunk and heads", trunk, *heads.values())
     trunk = fabric.setup_module(trunk)
     modules: dict[str, nn.Module] = {task: fabric.setup_module(head) for task, head in heads.items()}
     shared = [parameter for parameter in trunk.parameters() if parameter.requires_grad]

@@ -41,6 +41,7 @@ from lightning_custom.evaluation import evaluating
 from lightning_custom.flat_adam import FlatAdam, flattened
 from lightning_custom.gradients import clip_norm_
 from lightning_custom.launch import launch
+from lightning_custom.layers import require_trainable
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import STEPS_PER_SECOND, MetricLogger
 from lightning_custom.numpy_network import acting_network, to_tensors
@@ -220,6 +221,7 @@ def train(
     distribution = action_distribution(envs.action_space)
     agent = agent if agent is not None else networks(config, envs.observation_space, distribution)
     require_actor(agent)
+    require_trainable("agent", agent)
     optimizer = FlatAdam(agent.parameters(), config.lr, eps=config.adam_eps)
     agent, optimizer = fabric.setup(agent, optimizer)
     flat = flattened(optimizer)  # parameters and gradients as one vector each: the same update in fewer calls

@@ -39,6 +39,7 @@ from lightning_custom.errors import ConfigError
 from lightning_custom.evaluation import evaluating
 from lightning_custom.gradients import clip_norm_
 from lightning_custom.launch import launch
+from lightning_custom.layers import require_trainable
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import STEPS_PER_SECOND, MetricLogger
 from lightning_custom.numpy_network import to_tensors
@@ -179,6 +180,7 @@ def train(
     warn_if_inexact(fabric, envs)
     distribution = action_distribution(envs.action_space)
     agent = agent if agent is not None else networks(config, envs.observation_space, distribution)
+    require_trainable("agent", agent)
     agent, optimizer = fabric.setup(agent, Adam(agent.parameters(), config.lr, eps=1e-5, fused=True))
     check_agent(fabric, cast("nn.Module", agent), envs.observation_space, distribution.size)
     memory = EnvironmentMemory(fabric, cast("nn.Module", agent), config.num_envs)

@@ -36,6 +36,7 @@ from lightning_custom.errors import ConfigError
 from lightning_custom.evaluation import evaluating
 from lightning_custom.gradients import clip_norm_
 from lightning_custom.launch import launch
+from lightning_custom.layers import require_trainable
 from lightning_custom.loop import due, hash_seed, seed_step
 from lightning_custom.metrics import STEPS_PER_SECOND, MetricLogger
 from lightning_custom.numpy_network import acting_network, to_tensors
@@ -134,6 +135,7 @@ def train(
     distribution = action_distribution(space.action_space)
     agent = agent if agent is not None else networks(config, space.observation_space, distribution)
     require_actor(agent)
+    require_trainable("agent", agent)
     # A larger epsilon than Adam's own, so that a gradient which cancels to rounding is not blown up.
     agent, optimizer = fabric.setup(agent, Adam(agent.parameters(), config.lr, eps=1e-5, fused=True))
     metrics = MetricLogger(

@@ -56,6 +56,7 @@ from lightning_custom.few_shot import (
 )
 from lightning_custom.inner_optimizers import InnerOptimizer, Memory, adam, sgd
 from lightning_custom.launch import launch
+from lightning_custom.layers import require_trainable
 from lightning_custom.loop import due, hash_seed, seed_step
 from lightning_custom.metrics import MetricLogger
 from lightning_custom.precision import Bare, bare, unwrap
@@ -196,6 +197,7 @@ def train(
     require_a_task_each(fabric, config.meta_batch_size)
     require_safe_norms(model)
     schedule = Linear(config.lr, 0.0, config.steps) if config.anneal and config.steps else Constant(config.lr)
+    require_trainable("model", model)
     model = fabric.setup_module(model)
     state = ReptileState(
         model=model,

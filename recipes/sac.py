@@ -39,6 +39,7 @@ from lightning_custom.environments.vector import EnvironmentVector, Episode
 from lightning_custom.errors import ConfigError
 from lightning_custom.evaluation import evaluating
 from lightning_custom.launch import launch
+from lightning_custom.layers import require_trainable
 from lightning_custom.loop import due, seed_step
 from lightning_custom.metrics import STEPS_PER_SECOND, MetricLogger
 from lightning_custom.numpy_network import acting_network
@@ -187,6 +188,8 @@ def train(
     usual = networks(config, envs.observation_space, dimensions)
     actor, critics = actor or usual[0], critics or usual[1]
     temperature = Temperature(config.temperature or 1.0)
+    require_trainable("actor", actor)
+    require_trainable("critics", critics)
     actor_optimizer = Adam(actor.parameters(), config.actor_lr, fused=True)
     critic_optimizer = Adam(critics.parameters(), config.critic_lr, fused=True)
     temperature_optimizer = Adam(temperature.parameters(), config.temperature_lr, fused=True)
