@@ -99,7 +99,8 @@ def require_at_most(config: RunConfig, bounds: Mapping[str, float]) -> None:
 def refuse_unread(config: RunConfig, fields: Mapping[str, bool | str]) -> None:
     """:class:`ConfigError` for the first field that was changed, to something else than 0 or none, and has no effect.
 
-    ``fields`` gives for each by name why nothing reads it and the remedy, or something false where it is read.
+    ``fields`` gives for each by name why nothing reads it and the remedy, or something false where it is read. Not for
+    what goes with a preset's network or length, which someone may take over and change the rest.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, reason in fields.items():

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.accelerators.cpu import CPUAccelerator
 
 from lightning_custom.config import RunConfig
 from lightning_custom.distributed import ExplicitStrategy
@@ -13,6 +14,8 @@ from lightning_custom.freed_memory import keep_freed_memory
 from lightning_custom.precision import FullDouble
 from lightning_custom.sharded import fully_sharded
 
+# Processes that any CPU can hold, to try something out; more than its cores each want 250 MB and wait for each other.
+_FEW = 8
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
 
 
@@ -45,6 +48,8 @@ def launch(config: RunConfig) -> Fabric:
         fabric = Fabric(accelerator=config.accelerator, num_nodes=num_nodes, **options)
     except (ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"accelerator, devices, strategy, precision: {' '.join(str(error).split())}") from error
+    if isinstance(fabric.accelerator, CPUAccelerator) and devices > (most := max(os.cpu_count() or 1, _FEW)):
+        raise ConfigError(f"devices: {devices} processes on a CPU of {os.cpu_count()} cores; choose at most {most}")
     if "LT_CLI_USED" not in os.environ:  # fabric run has connected the processes, and Fabric refuses to do it again
         fabric.launch()
     if config.threads is not None:

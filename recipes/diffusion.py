@@ -142,8 +142,6 @@ class DiffusionConfig(RunConfig):
                 "label_dropout": unlabelled,
                 "guidance": unlabelled,
                 "decay_steps": self.schedule == "constant" and "the schedule is constant; use cosine",
-                "depth": self.network != "mlp" and "the unet has blocks of its own; use network mlp, or leave it 3",
-                "patch": self.network != "unet" and "the mlp has no patches; use network unet, or leave it 1",
             },
         )
         if self.network == "unet" and self.width % 8:
@@ -321,12 +319,12 @@ def learning_rate(config: DiffusionConfig) -> schedules.Schedule:
     return schedules.named(config.schedule, config.lr, steps, warmup_steps=config.warmup_steps)
 
 
-@torch.no_grad()
 def reads_steps(config: DiffusionConfig) -> bool:
     """Whether a schedule depends on the run's length."""
     return config.decay_steps is None and config.schedule != "constant"
 
 
+@torch.no_grad()
 def denoising(
     config: DiffusionConfig, denoiser: nn.Module, noise: Tensor, labels: Tensor, draw: Callable[[], Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:

@@ -206,7 +206,6 @@ class GANConfig(RunConfig):
                 "ada_every": steady,
                 "decay_steps": constant and "both schedules are constant; set g_schedule or d_schedule",
                 "conditioning": untold and "num_classes is 0; set that, or leave it auto",
-                "channels_last": self.network == "mlp" and "the mlp has no channels; use another network",
             },
         )
         if self.ada and self.ada_images and not LOSSES[self.loss].is_decided_at_zero:

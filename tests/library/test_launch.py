@@ -43,6 +43,7 @@ def test_on_a_cpu_freed_memory_is_kept(monkeypatch):
     [
         ({"precision": "8-bit"}, "precision: '8-bit' is unknown; use 32-true, "),
         ({"strategy": "nonsense"}, "accelerator, devices, strategy, precision: .*nonsense"),
+        ({"devices": 9999}, r"devices: 9999 processes on a CPU of \d+ cores; choose at most \d+"),
     ],
 )
 def test_what_cannot_be_launched_is_refused(fields, text):

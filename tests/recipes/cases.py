@@ -557,7 +557,7 @@ CASES = [
             "no-self-conditioning": {"self_conditioning": False},
             "unconditional": {"num_classes": 0, "bound": 0.0},
             "ancestral": {"eta": 1.0, "guidance": 0.0},
-            "unet": {"network": "unet", "depth": 3, "patch": 2},
+            "unet": {"network": "unet", "patch": 2},
             "cosine": {"schedule": "cosine", "decay_steps": 20},
         },
         preset=diffusion.DiffusionConfig(**diffusion.PRESETS["digits"] | {"steps": 30}),

@@ -37,8 +37,6 @@ UNREAD = [
     (Classification, {"decay_steps": 9, "schedule": "constant"}, "the schedule is constant", {"schedule": "cosine"}),
     (Classification, {"patience": 3, "validate_every": 0}, "the only validation is the last", {"validate_every": 5}),
     (Diffusion, {"decay_steps": 9, "schedule": "constant"}, "the schedule is constant", {"schedule": "cosine"}),
-    (Diffusion, {"depth": 4, "network": "unet"}, "the unet has blocks of its own; use network mlp", {"network": "mlp"}),
-    (Diffusion, {"patch": 2}, "the mlp has no patches; use network unet, or leave it 1", {"network": "unet"}),
     (Diffusion, {"label_dropout": 0.3, "num_classes": 0}, "num_classes is 0, so that nothing", {"num_classes": 3}),
     (Diffusion, {"guidance": 0.3, "num_classes": 0}, "num_classes is 0, so that nothing", {"num_classes": 3}),
     (DQN, {"priority_exponent": 0.5}, "transitions are drawn alike; set prioritised", {"prioritised": True}),
@@ -54,7 +52,6 @@ UNREAD = [
         {"ada_images": 9.0, "loss": "hinge"},
     ),
     (GAN, {"conditioning": "projection", "num_classes": 0}, "num_classes is 0; set that", {"num_classes": 3}),
-    (GAN, {"channels_last": True}, "the mlp has no channels; use another network", {"network": "conv"}),
     (
         MAML,
         {"first_order": True, "inner_steps": 0},
