@@ -3,6 +3,7 @@
 Listing reads a few small files a run and starts neither torch nor TensorBoard.
 """
 
+import difflib
 import json
 import os
 import time
@@ -230,6 +231,8 @@ def _points(path: Path, tag: str) -> tuple[list[float], list[float]]:
     rows = rows_of(path)
     values = {float(row["step"]): float(row[tag]) for row in rows if row.get(tag) is not None}
     if not values:
-        known = ", ".join(sorted({name for row in rows for name in row} - {"step"})) or "none"
-        raise ConfigError(f"metric: {tag!r} is in no row of {path}; there are {known}")
+        known = sorted({name for row in rows for name in row} - {"step"})
+        # A run may have dozens.
+        known = difflib.get_close_matches(tag, known, 3) or known
+        raise ConfigError(f"metric: {tag!r} is in no row of {path}; there are {', '.join(known) or 'none'}")
     return list(values), list(values.values())

@@ -280,6 +280,10 @@ def test_an_average_is_exported_under_the_names_of_its_network(root, tmp_path, c
             "compare {root}/a/first {root}/killed --plot {out}/x.png --metric x",
             "metric: 'x' is in no row of {root}/a/first; there are loss/train, val/score, watch/norm/0",
         ),
+        (
+            "compare {root}/a/first {root}/killed --plot {out}/x.png --metric val/scores",
+            "metric: 'val/scores' is in no row of {root}/a/first; there are val/score\n",
+        ),
         ("compare {root}/failed {root}/killed --plot {out}/x.png", "metric: none given, and {root}/failed keeps no"),
         ("compare {root}/a/first {root}/killed --plot {out}/no/x.png", "plot: cannot write {out}/no/x.png"),
         ("export {root}/a --out {out}/x", "run_dir: {root}/a holds no checkpoint"),
