@@ -19,13 +19,29 @@ torch.set_num_threads(1)
 LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(items):
-    """Tests of one group stay on one worker: pytest-xdist 3.8 writes the group where pytest 9.2 no longer reads it."""
+    """Long tests that share a fixture of their module stay on one worker, so that it is made once."""
+    for item in items:
+        if any(item.iter_markers("slow")) or any(item.iter_markers("distributed")):
+            shared = shared_fixture(item)
+            if shared is not None and item.get_closest_marker("xdist_group") is None:
+                item.add_marker(pytest.mark.xdist_group(f"{item.module.__name__}.{shared}"))
+    yield
+    # pytest-xdist 3.8 has written the groups where pytest 9.2 no longer reads them.
     for item in items:
         with_group = getattr(item, "_nodeid", item.nodeid)
         if with_group != item.nodeid:
             item._id = type(item._id).parse(with_group)
+
+
+def shared_fixture(item):
+    """The first fixture of the item's module that is made once for all of the module."""
+    for name in item.fixturenames:
+        fixtures = item._fixtureinfo.name2fixturedefs.get(name, ())
+        if any(fixture.scope == "module" and fixture.func.__module__ == item.module.__name__ for fixture in fixtures):
+            return name
+    return None
 
 
 @pytest.fixture(autouse=True)
