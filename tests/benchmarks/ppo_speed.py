@@ -186,20 +186,20 @@ def contenders(
     return found
 
 
-def report(title: str, rounds: int, runs: dict[str, Callable[[], float]]) -> str:
-    """A table: the median rate of each, and how many times that of stable-baselines3, round by round."""
+def report(title: str, rounds: int, runs: dict[str, Callable[[], float]], over: str = "stable-baselines3") -> str:
+    """A table: the median rate of each, and how many times that of the peer ``over``, round by round."""
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             rates[name].append(run())
-    lines = [f"{title:<38}{'steps/s':>10}{'over SB3':>11}   lowest to highest"]
-    peer = rates.get("stable-baselines3")
+    lines = [f"{title:<38}{'steps/s':>10}{f'over {over}':>24}   lowest to highest"]
+    peer = rates.get(over)
     for name, found in rates.items():
-        over = ""
+        ratio = ""
         if peer is not None:
             ratios = [a / b for a, b in zip(found, peer, strict=True)]
-            over = f"{statistics.median(ratios):>11.2f}   {min(ratios):.2f} to {max(ratios):.2f}"
-        lines.append(f"  {name:<36}{statistics.median(found):>10,.0f}{over}")
+            ratio = f"{statistics.median(ratios):>24.2f}   {min(ratios):.2f} to {max(ratios):.2f}"
+        lines.append(f"  {name:<36}{statistics.median(found):>10,.0f}{ratio}")
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ Each contender trains from nothing and is timed after its first rollouts, evalua
 import contextlib
 import io
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -20,8 +21,9 @@ import torch
 
 from lightning_custom.environments.makers import MakeEnvironment
 from lightning_custom.launch import launch
+from lightning_custom.policies import PictureTrunk
 from recipes import ppo, recurrent_ppo
-from tests.benchmarks.interleave import machine
+from tests.benchmarks.interleave import interleave, machine, stopwatch, table
 from tests.benchmarks.ppo_speed import rate_in, rate_of
 from tests.benchmarks.ppo_speed import report as compared
 
@@ -81,8 +83,21 @@ def memory_by_sb3_contrib(config: recurrent_ppo.RecurrentPPOConfig) -> float:
     return rate_of(model, config.steps, warm=config.log_every)
 
 
+def trunk_passes() -> dict[str, Callable[[], float]]:
+    """Seconds of a forward and a backward pass of 256 frames through the trunk, and through its layers as they come."""
+    trunk = PictureTrunk()
+    frames = torch.randint(0, 256, (256, 4, 84, 84), dtype=torch.uint8)
+    passes = {
+        "its layers, frames as they come": lambda: torch.nn.Sequential.forward(trunk, frames / 255),
+        "PictureTrunk, channels last": lambda: trunk(frames),
+    }
+    return {
+        name: stopwatch(lambda one=one: one().sum().backward(), 1, time.perf_counter) for name, one in passes.items()
+    }
+
+
 def report(rounds: int = ROUNDS) -> Iterator[str]:
-    """A table for each kind."""
+    """A table for each kind, and one for the layout of pictures."""
     yield compared(
         "Pong, 8 x 128, 1 thread",
         rounds,
@@ -100,10 +115,13 @@ def report(rounds: int = ROUNDS) -> Iterator[str]:
             ),
             "sb3-contrib": partial(memory_by_sb3_contrib, RECURRENT),
         },
+        over="sb3-contrib",
     )
+    yield table("trunk for pictures, 256 frames", interleave(trunk_passes(), 4 * rounds))
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     for part in report():
         print(part, flush=True)
     print(machine())
