@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_custom.checkpoint import Checkpointer, load_module
 from lightning_custom.cli import command_line
 from lightning_custom.compiled_gradient import CompiledGradient
-from lightning_custom.config import RunConfig, refuse_unread, require_at_least, with_run_dir
+from lightning_custom.config import RunConfig, require_at_least, with_run_dir
 from lightning_custom.data import Batches
 from lightning_custom.distributed import mean_gradients_, take_share
 from lightning_custom.errors import ConfigError
@@ -148,8 +148,6 @@ class MAMLConfig(RunConfig):
         require_at_least(self, {"meta_batch_size": 1, "inner_steps": 0, "test_steps": 1, "lr": 0, "inner_lr": 0})
         require_at_least(self, {"inner_clip_norm": 0, "tasks_at_once": 0, "val_tasks": 2, "test_tasks": 2})
         require_at_least(self, {"ways": 2, "shots": 1, "query_shots": 1, "width": 1})
-        untaught = not self.inner_steps and "training has no inner step; use more inner_steps"
-        refuse_unread(self, dict.fromkeys(("first_order", "learn_inner_lr", "checkpoint_inner"), untaught))
         if self.proto_head and self.adapt == "body":
             raise ConfigError("proto_head: the inner loop goes on from that head, but adapt is body; use all or head")
         if self.checkpoint_inner and self.compile:

@@ -16,7 +16,6 @@ from recipes import (
     diffusion,
     dqn,
     gan,
-    maml,
     maml_plus_plus,
     multitask,
     reinforce,
@@ -24,7 +23,7 @@ from recipes import (
 
 AdversarialTraining = adversarial_training.AdversarialTrainingConfig
 Classification, Diffusion = classification.ClassificationConfig, diffusion.DiffusionConfig
-DQN, GAN, MAML = dqn.DQNConfig, gan.GANConfig, maml.MAMLConfig
+DQN, GAN = dqn.DQNConfig, gan.GANConfig
 MAMLPlusPlus, Multitask = maml_plus_plus.MAMLPlusPlusConfig, multitask.MultitaskConfig
 
 # The config, a field and a value that nothing reads, what the message says, and the fields with which it is read.
@@ -52,13 +51,6 @@ UNREAD = [
         {"ada_images": 9.0, "loss": "hinge"},
     ),
     (GAN, {"conditioning": "projection", "num_classes": 0}, "num_classes is 0; set that", {"num_classes": 3}),
-    (
-        MAML,
-        {"first_order": True, "inner_steps": 0},
-        "training has no inner step; use more inner_steps",
-        {"inner_steps": 1},
-    ),
-    (MAML, {"learn_inner_lr": True, "inner_steps": 0}, "training has no inner step", {"inner_steps": 1}),
     (MAMLPlusPlus, {"min_lr": 1e-4, "schedule": "constant"}, "the schedule is constant", {"schedule": "cosine"}),
     (
         MAMLPlusPlus,
