@@ -125,19 +125,6 @@ class _Accelerator(Accelerator):
         return NAME
 
 
-class _Module(backend_registration._DummyBackendModule):
-    """``torch.emulated``, which has the CPU's random numbers."""
-
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.bfloat16]
-
-    def get_rng_state(self, device: Any = None) -> Tensor:
-        return torch.get_rng_state()
-
-    def set_rng_state(self, state: Tensor, device: Any = None) -> None:
-        torch.set_rng_state(state)
-
-
 def gru_cell(inputs: Tensor, memory: Tensor, w_i: Tensor, w_h: Tensor, b_i: Tensor, b_h: Tensor) -> Tensor:
     """In operations that every device has: torch's fused one is a GPU's alone."""
     reset_i, update_i, new_i = linear(inputs, w_i, b_i).chunk(3, 1)
@@ -158,7 +145,20 @@ def lstm_cell(
 
 def registered() -> None:
     """Make the device's name known to torch in this process."""
-    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+
+    class Module(backend_registration._DummyBackendModule):  # here, since older versions of torch have none
+        """``torch.emulated``, which has the CPU's random numbers."""
+
+        def get_amp_supported_dtype(self) -> list[torch.dtype]:
+            return [torch.bfloat16]
+
+        def get_rng_state(self, device: Any = None) -> Tensor:
+            return torch.get_rng_state()
+
+        def set_rng_state(self, state: Tensor, device: Any = None) -> None:
+            torch.set_rng_state(state)
+
+    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=Module())
 
 
 @contextlib.contextmanager
