@@ -76,6 +76,15 @@ def test_frames_go_through_one_trunk_in_shares_of_255():
     torch.testing.assert_close(agent.trunk(frames), expected)
 
 
+def test_frames_go_through_the_trunk_channels_last():
+    trunk, seen = PictureTrunk(), []
+    for layer in list(trunk)[:6]:
+        layer.register_forward_hook(lambda _, inputs, features: seen.extend([inputs[0], features]))
+    trunk(torch.randint(0, 256, (2, 4, 84, 84), dtype=torch.uint8))
+    assert len(seen) == 12
+    assert all(part.is_contiguous(memory_format=torch.channels_last) for part in seen)
+
+
 def test_pictures_of_another_size_are_refused_with_a_remedy():
     with pytest.raises(ConfigError, match=r"\(3, 64, 64\).*AtariPreprocessing"):
         actor_critic(spaces.Box(0, 255, (3, 64, 64), np.uint8), action_distribution(spaces.Discrete(2)))

@@ -10,10 +10,12 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch.utils import backend_registration
+from torch.utils._pytree import tree_leaves
 
 from lightning_custom.state import capture
+from lightning_custom.storage import read_manifest
 from lightning_custom.testing import largest_difference, single_process
-from tests.emulated_device import emulated, moved_back, registered
+from tests.emulated_device import EmulatedTensor, emulated, moved_back, registered
 from tests.forked import Forked
 from tests.recipes.cases import CASES
 
@@ -56,6 +58,7 @@ def compare(name, folder):
             expected = first_steps(case, config, single_process("64-true"), f"{folder}/cpu/{variant}", resumed=resumed)
             with emulated() as fabric:
                 state = first_steps(case, config, fabric, f"{folder}/device/{variant}", resumed=resumed)
+            assert any(isinstance(leaf, EmulatedTensor) for leaf in tree_leaves(state)), "nothing is on the device"
             found[variant] = largest_difference(expected, moved_back(state))
         except Exception as error:
             found[variant] = f"{type(error).__name__}: {error}"
@@ -67,7 +70,7 @@ def run_main(name, folder):
     """Two steps of the default preset, with what comes before and after: data, scores, the test at the end."""
     registered()
     (case,) = [case for case in CASES if case.name == name]
-    short = {name: value for name, value in SHORT.items() if hasattr(case.preset, name)}
+    short = {field: value for field, value in SHORT.items() if hasattr(case.preset, field)}
     config = dataclasses.replace(case.preset, steps=2, stop_at=None, run_dir=folder, **short)
     recipe = importlib.import_module(case.module)
     with emulated() as fabric, patch.object(recipe, "launch", lambda _: fabric):
@@ -108,6 +111,8 @@ def test_the_default_preset_runs_to_its_end_on_another_device(case, tmp_path):
     with Forked(tmp_path / "log.txt", run_main, case.name, str(tmp_path / "run")) as forked:
         assert forked.status(280) == 0, forked.text()
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "complete"
+    manifest = read_manifest(tmp_path / "run" / "checkpoints" / "step-00000002")
+    assert manifest["machine"]["device"].startswith("emulated ")
 
 
 @every_case

@@ -1,5 +1,7 @@
 """A network of which nothing is to be trained is refused by its name, before torch says so in its way."""
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
@@ -12,23 +14,9 @@ from lightning_custom.errors import ConfigError
 from lightning_custom.recurrent import recurrent_actor_critic
 from lightning_custom.tasks import Sinusoids
 from lightning_custom.testing import single_process
-from recipes import (
-    adversarial_training,
-    classification,
-    diffusion,
-    dqn,
-    gan,
-    imaml,
-    maml,
-    maml_plus_plus,
-    multitask,
-    ppo,
-    recurrent_ppo,
-    reinforce,
-    reptile,
-    sac,
-)
+from tests.recipes.cases import CASES
 
+RECIPES = {case.name: (importlib.import_module(case.module), type(case.preset)) for case in CASES}
 DATA = TensorDataset(torch.rand(8, 3), torch.arange(8) % 2)
 CARTPOLE, PENDULUM = MakeEnvironment("CartPole-v1"), MakeEnvironment("Pendulum-v1")
 CLASSES = {"num_classes": 2}
@@ -46,8 +34,8 @@ def waves():
     return {"model": frozen(nn.Sequential(nn.Linear(1, 1))), "tasks": Sinusoids(5, 5).__call__}
 
 
-def agent_of(recipe, config):
-    env = CARTPOLE()
+def agent_of(name, config):
+    (recipe, _), env = RECIPES[name], CARTPOLE()
     return {
         "agent": frozen(recipe.networks(config, env.observation_space, action_distribution(env.action_space))),
         "make_env": CARTPOLE,
@@ -59,69 +47,44 @@ def remembering():
     return frozen(recurrent_actor_critic(env.observation_space, action_distribution(env.action_space), width=4))
 
 
-REFUSED = {
-    "classification": (
-        "model",
-        classification,
-        classification.ClassificationConfig,
-        lambda _: {"model": linear(), "train_data": DATA, "val_data": DATA, **CLASSES},
-    ),
-    "without-any": (
-        "model",
-        classification,
-        classification.ClassificationConfig,
-        lambda _: {"model": nn.Flatten(), "train_data": DATA, "val_data": DATA, "num_classes": 3},
-    ),
-    "adversarial_training": (
-        "model",
-        adversarial_training,
-        adversarial_training.AdversarialTrainingConfig,
-        lambda _: {"model": linear(), "dataset": DATA, **CLASSES},
-    ),
-    "diffusion": (
-        "denoiser",
-        diffusion,
-        diffusion.DiffusionConfig,
-        lambda _: {"denoiser": linear(), "dataset": DATA},
-    ),
-    "generator": (
+# The recipe, what is frozen, and what it is given.
+REFUSED = [
+    ("classification", "model", lambda _: {"model": linear(), "train_data": DATA, "val_data": DATA, **CLASSES}),
+    ("classification", "model", lambda _: {"model": nn.Flatten(), "train_data": DATA, "val_data": DATA, **CLASSES}),
+    ("adversarial_training", "model", lambda _: {"model": linear(), "dataset": DATA, **CLASSES}),
+    ("diffusion", "denoiser", lambda _: {"denoiser": linear(), "dataset": DATA}),
+    (
+        "gan",
         "generator",
-        gan,
-        gan.GANConfig,
         lambda _: {"generator": linear(), "discriminator": nn.Linear(3, 1), "dataset": DATA},
     ),
-    "discriminator": (
+    (
+        "gan",
         "discriminator",
-        gan,
-        gan.GANConfig,
         lambda _: {"generator": nn.Linear(3, 1), "discriminator": linear(), "dataset": DATA},
     ),
-    "multitask": (
+    (
+        "multitask",
         "trunk and heads",
-        multitask,
-        multitask.MultitaskConfig,
         lambda _: {"trunk": linear(), "heads": {"one": linear()}, "data": DATA, "losses": {"one": mse_loss}},
     ),
-    "maml": ("model", maml, maml.MAMLConfig, lambda _: waves()),
-    "imaml": ("model", imaml, imaml.IMAMLConfig, lambda _: waves()),
-    "reptile": ("model", reptile, reptile.ReptileConfig, lambda _: waves()),
-    "maml_plus_plus": ("model", maml_plus_plus, maml_plus_plus.MAMLPlusPlusConfig, lambda _: waves()),
-    "ppo": ("agent", ppo, ppo.PPOConfig, lambda config: agent_of(ppo, config)),
-    "reinforce": ("agent", reinforce, reinforce.ReinforceConfig, lambda config: agent_of(reinforce, config)),
-    "recurrent_ppo": (
-        "agent",
-        recurrent_ppo,
-        recurrent_ppo.RecurrentPPOConfig,
-        lambda _: {"agent": remembering(), "make_env": CARTPOLE},
-    ),
-    "dqn": ("q_network", dqn, dqn.DQNConfig, lambda _: {"q_network": linear(), "make_env": CARTPOLE}),
-    "sac": ("actor", sac, sac.SACConfig, lambda _: {"actor": linear(), "make_env": PENDULUM}),
-    "critics": ("critics", sac, sac.SACConfig, lambda _: {"critics": linear(), "make_env": PENDULUM}),
-}
+    *((name, "model", lambda _: waves()) for name in ("maml", "imaml", "reptile", "maml_plus_plus")),
+    ("ppo", "agent", lambda config: agent_of("ppo", config)),
+    ("reinforce", "agent", lambda config: agent_of("reinforce", config)),
+    ("recurrent_ppo", "agent", lambda _: {"agent": remembering(), "make_env": CARTPOLE}),
+    ("dqn", "q_network", lambda _: {"q_network": linear(), "make_env": CARTPOLE}),
+    ("sac", "actor", lambda _: {"actor": linear(), "make_env": PENDULUM}),
+    ("sac", "critics", lambda _: {"critics": linear(), "make_env": PENDULUM}),
+]
 
 
-@pytest.mark.parametrize("field, recipe, kind, given", REFUSED.values(), ids=REFUSED)
-def test_a_network_without_anything_to_train_is_refused(field, recipe, kind, given, tmp_path):
+def test_every_recipe_is_here():
+    assert {name for name, _, _ in REFUSED} == set(RECIPES)
+
+
+@pytest.mark.parametrize("name, field, given", REFUSED)
+def test_a_network_without_anything_to_train_is_refused(name, field, given, tmp_path):
+    recipe, kind = RECIPES[name]
     config = kind(run_dir=str(tmp_path), accelerator="cpu")
     with pytest.raises(ConfigError, match=f"^{field}: no parameter to train; give a network with some whose requires_"):
         recipe.train(single_process(), config, **given(config))
